@@ -1155,7 +1155,7 @@ typedef struct llmpar_mpi_world llmpar_mpi_world;
 typedef struct llmpar_mpi_desc {
     const void *comm;      /* address of an MPI_Comm (an intracommunicator, duplicated); default: MPI_COMM_WORLD. MPI must be initialised and not finalised */
     size_t comm_slice;     /* bytes that a reduction handles at a time and that a message has at most; default 16 MiB, at most 1 GiB. Scratch: about 1.5 of it a process, at most 2 */
-    double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none */
+    double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where, for which it asks the others, up to a second more; default 0 = none */
     double heartbeat;      /* seconds between two signs of life; default 0.5 */
     double silence;        /* seconds without one after which a rank is given up (killed, stopped, unreachable); default 5 */
     int32_t unchecked;     /* 1: the ranks do not compare their calls */
@@ -11337,7 +11337,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     for (int pass = 0; pass < 3; pass++) {
         int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
         for (int i = 0; i < 6; i++) {
-            int64_t own = i == 2 || i == 4 ? 1 : i == 5 && rows > g->head_rows ? g->head_rows : rows;
+            int64_t own = i == 2 || i == 4 ? 1 /* together only for one row */ : i == 5 && rows > g->head_rows ? g->head_rows : rows;
             w = i < 3 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
@@ -20570,16 +20570,10 @@ static llmpar_status llmpar__exec_cast_host(llmpar__exec *exec, const llmpar_ins
     for (int64_t at = 0; at < flat->shard_elements && !fsdp->count_only && !status; at += LLMPAR__CAST_PIECE) {
         int32_t turn = fsdp->host_cast_turn;
         fsdp->host_cast_turn = (turn + 1) % LLMPAR__CAST_BUFFERS;
-        llmpar_cast_args args;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)(flat->shard_elements - at < LLMPAR__CAST_PIECE ? flat->shard_elements - at : LLMPAR__CAST_PIECE);
-        args.in = (const char *)flat->params_place.host + (size_t)at * wide;
-        args.in_dtype = fsdp->sum;
-        args.out = fsdp->host_cast[turn];
-        args.out_dtype = fsdp->dtype;
+        size_t count = (size_t)(flat->shard_elements - at < LLMPAR__CAST_PIECE ? flat->shard_elements - at : LLMPAR__CAST_PIECE);
         status = device->event_synchronize(device, fsdp->host_cast_event[turn]);
-        if (!status) status = host->cast(host, NULL, &args);
-        if (!status) status = device->copy(device, fsdp->stream[in->stream], (char *)llmpar__fsdp_own_part(fsdp, flat) + (size_t)at * narrow, args.out, args.count * narrow);
+        if (!status) status = llmpar__device_cast(host, NULL, (const char *)flat->params_place.host + (size_t)at * wide, fsdp->sum, fsdp->host_cast[turn], fsdp->dtype, count);
+        if (!status) status = device->copy(device, fsdp->stream[in->stream], (char *)llmpar__fsdp_own_part(fsdp, flat) + (size_t)at * narrow, fsdp->host_cast[turn], count * narrow);
         if (!status) status = device->event_record(device, fsdp->stream[in->stream], fsdp->host_cast_event[turn]);
     }
     return status;
@@ -22706,8 +22700,7 @@ static llmpar_status llmpar__llama_tables(llmpar_llama *model)
         if (!status) status = device->copy(device, stream, model->one, &one_low, llmpar_dtype_size(model->dtype));
     }
     if (stream) { /* in any case: the stream may read `host` */
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
+        status = llmpar__device_done(device, stream, status);
         device->stream_destroy(device, stream);
     }
     llmpar_heap_free(&ctx->heap, host);
@@ -22886,13 +22879,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves)
 {
-    llmpar_collective c;
+    const llmpar_collective c = llmpar__comm_collective(leaves, leaves, (size_t)count, llmpar_dtype_sum(call->dtype), tag);
     if (!call->grads) return LLMPAR_OK;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = leaves;
-    c.count = (size_t)count;
-    c.dtype = llmpar_dtype_sum(call->dtype);
-    c.tag = tag;
     return llmpar_all_reduce(((const llmpar__part *)call->user)->model->tp.comm, call->stream, &c);
 }
 
@@ -22906,14 +22894,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
     const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
     for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * dim) * s->sum_size;
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = (int32_t)s->leaves;
-    args.count = (size_t)dim;
-    args.out = dw;
-    args.dtype = s->sum;
-    llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
+    llmpar_status status = llmpar__device_reduce(call->device, call->stream, LLMPAR_SUM, in, (int32_t)s->leaves, (size_t)dim, dw, s->sum);
     llmpar_heap_free(&call->ctx->heap, (void *)in);
     return status;
 }

@@ -22,7 +22,7 @@ typedef struct llmpar_mpi_world llmpar_mpi_world;
 typedef struct llmpar_mpi_desc {
     const void *comm;      /* address of an MPI_Comm (an intracommunicator, duplicated); default: MPI_COMM_WORLD. MPI must be initialised and not finalised */
     size_t comm_slice;     /* bytes that a reduction handles at a time and that a message has at most; default 16 MiB, at most 1 GiB. Scratch: about 1.5 of it a process, at most 2 */
-    double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none */
+    double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where, for which it asks the others, up to a second more; default 0 = none */
     double heartbeat;      /* seconds between two signs of life; default 0.5 */
     double silence;        /* seconds without one after which a rank is given up (killed, stopped, unreachable); default 5 */
     int32_t unchecked;     /* 1: the ranks do not compare their calls */

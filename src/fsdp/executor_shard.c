@@ -188,16 +188,10 @@ static llmpar_status llmpar__exec_cast_host(llmpar__exec *exec, const llmpar_ins
     for (int64_t at = 0; at < flat->shard_elements && !fsdp->count_only && !status; at += LLMPAR__CAST_PIECE) {
         int32_t turn = fsdp->host_cast_turn;
         fsdp->host_cast_turn = (turn + 1) % LLMPAR__CAST_BUFFERS;
-        llmpar_cast_args args;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)(flat->shard_elements - at < LLMPAR__CAST_PIECE ? flat->shard_elements - at : LLMPAR__CAST_PIECE);
-        args.in = (const char *)flat->params_place.host + (size_t)at * wide;
-        args.in_dtype = fsdp->sum;
-        args.out = fsdp->host_cast[turn];
-        args.out_dtype = fsdp->dtype;
+        size_t count = (size_t)(flat->shard_elements - at < LLMPAR__CAST_PIECE ? flat->shard_elements - at : LLMPAR__CAST_PIECE);
         status = device->event_synchronize(device, fsdp->host_cast_event[turn]);
-        if (!status) status = host->cast(host, NULL, &args);
-        if (!status) status = device->copy(device, fsdp->stream[in->stream], (char *)llmpar__fsdp_own_part(fsdp, flat) + (size_t)at * narrow, args.out, args.count * narrow);
+        if (!status) status = llmpar__device_cast(host, NULL, (const char *)flat->params_place.host + (size_t)at * wide, fsdp->sum, fsdp->host_cast[turn], fsdp->dtype, count);
+        if (!status) status = device->copy(device, fsdp->stream[in->stream], (char *)llmpar__fsdp_own_part(fsdp, flat) + (size_t)at * narrow, fsdp->host_cast[turn], count * narrow);
         if (!status) status = device->event_record(device, fsdp->stream[in->stream], fsdp->host_cast_event[turn]);
     }
     return status;

@@ -122,7 +122,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     for (int pass = 0; pass < 3; pass++) {
         int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
         for (int i = 0; i < 6; i++) {
-            int64_t own = i == 2 || i == 4 ? 1 : i == 5 && rows > g->head_rows ? g->head_rows : rows;
+            int64_t own = i == 2 || i == 4 ? 1 /* together only for one row */ : i == 5 && rows > g->head_rows ? g->head_rows : rows;
             w = i < 3 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }

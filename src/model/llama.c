@@ -6,6 +6,7 @@
 
 #include "base/math.h"
 #include "base/size.h"
+#include "tables/tables_internal.h"
 
 #if !defined(LLMPAR_NO_LLAMA)
 
@@ -266,8 +267,7 @@ static llmpar_status llmpar__llama_tables(llmpar_llama *model)
         if (!status) status = device->copy(device, stream, model->one, &one_low, llmpar_dtype_size(model->dtype));
     }
     if (stream) { /* in any case: the stream may read `host` */
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
+        status = llmpar__device_done(device, stream, status);
         device->stream_destroy(device, stream);
     }
     llmpar_heap_free(&ctx->heap, host);
@@ -446,13 +446,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves)
 {
-    llmpar_collective c;
+    const llmpar_collective c = llmpar__comm_collective(leaves, leaves, (size_t)count, llmpar_dtype_sum(call->dtype), tag);
     if (!call->grads) return LLMPAR_OK;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = leaves;
-    c.count = (size_t)count;
-    c.dtype = llmpar_dtype_sum(call->dtype);
-    c.tag = tag;
     return llmpar_all_reduce(((const llmpar__part *)call->user)->model->tp.comm, call->stream, &c);
 }
 
@@ -466,14 +461,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
     const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
     for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * dim) * s->sum_size;
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = (int32_t)s->leaves;
-    args.count = (size_t)dim;
-    args.out = dw;
-    args.dtype = s->sum;
-    llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
+    llmpar_status status = llmpar__device_reduce(call->device, call->stream, LLMPAR_SUM, in, (int32_t)s->leaves, (size_t)dim, dw, s->sum);
     llmpar_heap_free(&call->ctx->heap, (void *)in);
     return status;
 }
