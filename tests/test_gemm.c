@@ -474,14 +474,14 @@ TEST(pieces_side_by_side)
 TEST(thread_counts)
 {
     FOR_LEVELS(level) FOR_KINDS(kind) for (int32_t pieces = 1; pieces <= 8; pieces += 7) {
-        static const int64_t shapes[][2] = { { 1, 700 }, { 100, 130 }, { 700, 5 }, { 37, 1 } };
-        for (int shape = 0; shape < 4; shape++) {
+        static const int64_t shapes[][2] = { { 1, 700 }, { 100, 130 }, { 700, 5 }, { 37, 1 }, { 770, 50 }, { 1541, 50 } }; /* the last two: blocks that threads take whole */
+        for (int shape = 0; shape < 6; shape++) {
             problem p;
             int64_t m = shapes[shape][0], n = shapes[shape][1];
             void *memory, *first_memory = NULL;
             const void *first = NULL;
             problem_begin(&p, (llmpar_gemm_kind)kind, LLMPAR_F32, m, n, pieces);
-            for (int32_t piece = 0; piece < pieces; piece++) problem_segment(&p, piece, 600 / pieces);
+            for (int32_t piece = 0; piece < pieces; piece++) problem_segment(&p, piece, (shape < 4 ? 600 : 1700) / pieces);
             for (int threads = 1; threads <= 4; threads++) {
                 machine w;
                 const void *c;

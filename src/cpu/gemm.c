@@ -70,7 +70,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192, LLMPAR__GEMM_APART_M = 512 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -79,7 +79,8 @@ typedef struct llmpar__gemm_run {
     int lying;                            /* A is read where it lies, but for rows that fill no tile */
     int64_t all_m, all_n;                 /* of the product */
     int64_t unit;                         /* elements of a link */
-    int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
+    int32_t apart;                        /* threads that take whole blocks, each with a workspace of its own; 1: all work on one block together */
+    int32_t threads, levels, levels_saved; /* that work on a block; partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
     int64_t group_panels;                 /* of B that a worker packs at a time, for itself */
     llmpar__half half, half_out;          /* of a and b; of c */
@@ -145,7 +146,7 @@ static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
 
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, limit_n, group_n, few = args->kind == LLMPAR_GEMM_NT ? INT64_MAX : args->m; /* rows, where B goes by in wide blocks if they are few: the first group of each is packed beforehand */
+    int64_t total = 0, parts, tile, limit_n, group_n, rows = args->m, few, apart; /* few: rows, where B goes by in wide blocks if they are few: the first group of each is packed beforehand */
     int32_t s, n;
     int outlives, even = 1; /* tiles that are no part of c outlive a part; pairs fill every segment */
     memset(run, 0, sizeof *run);
@@ -153,26 +154,36 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->kernel = llmpar__gemm_kernel_of(cpu->level, args->dtype);
     run->unit = run->kernel.pairs ? 2 : 1;
     run->threads = llmpar__pool_threads(cpu);
+    run->half = llmpar__half_of(cpu, args->dtype);
+    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    run->copies = run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT;
+    run->apart = 1;
+    apart = LLMPAR__GEMM_APART_M / (1 + run->copies); /* rows of a block, at most: each packs B for itself, which copying hides */
+    if (run->threads > 1 && args->m >= apart * run->threads * 3 / 2) { /* so two blocks a thread at least */
+        rows = llmpar_round_up((args->m + apart - 1) / apart, run->threads);
+        rows = llmpar_round_up((args->m + rows - 1) / rows, run->kernel.rows);
+        run->apart = run->threads;
+        run->threads = 1;
+    }
+    few = args->kind == LLMPAR_GEMM_NT ? INT64_MAX : run->apart > 1 ? 2 * (int64_t)LLMPAR__GEMM_FEW_M : rows;
     for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
     for (s = 0; s < args->segment_count; s++) total += (args->segments[s].k + run->unit - 1) / run->unit;
     run->thin = args->m <= LLMPAR__GEMM_THIN_M;
     run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
     parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->unit, run->block_k);
-    run->half = llmpar__half_of(cpu, args->dtype);
-    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     for (s = 0; s < args->segment_count; s++) even = even && args->segments[s].k % run->unit == 0;
-    run->lying = run->kernel.lying[0] && args->m <= LLMPAR__GEMM_LYING_MOST && args->kind != LLMPAR_GEMM_TN && (run->kernel.pairs ? even : !run->half.widen);
-    run->turned = run->lying && args->kind == LLMPAR_GEMM_NT && !args->accumulate && !run->half_out.narrow && !run->thin && args->m <= LLMPAR__GEMM_TURNED_M && args->m < args->n;
+    run->lying = run->kernel.lying[0] && rows <= LLMPAR__GEMM_LYING_MOST && args->kind != LLMPAR_GEMM_TN && (run->kernel.pairs ? even : !run->half.widen);
+    run->turned = run->lying && run->apart == 1 && args->kind == LLMPAR_GEMM_NT && !args->accumulate && !run->half_out.narrow && !run->thin && args->m <= LLMPAR__GEMM_TURNED_M && args->m < args->n;
     run->all_m = run->turned ? args->n : args->m;
     run->all_n = run->turned ? args->m : args->n;
     outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
     limit_n = !outlives || run->thin || few <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : few <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
-    run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_m = llmpar__gemm_even_blocks(run->turned ? run->all_m : rows, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
-    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
+    run->copies = run->copies && run->threads == 1 && rows >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || rows <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
@@ -187,16 +198,19 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)(sizeof(llmpar__gemm_chunk) + sizeof(llmpar__gemm_span)));
 }
 
-/* With room to align. */
-static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
+/* Of a block. */
+static size_t llmpar__gemm_block_bytes(const llmpar__gemm_run *run)
 {
-    return run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
+    return run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes;
 }
 
-static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
+/* With room to align. */
+static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run) { return (size_t)run->apart * llmpar__gemm_block_bytes(run) + 63; }
+
+static void llmpar__gemm_lay_out(llmpar__gemm_run *run, int32_t worker)
 {
-    char *at = (char *)workspace;
-    at += (64 - (uintptr_t)at % 64) % 64;
+    char *at = (char *)run->args->workspace;
+    at += (64 - (uintptr_t)at % 64) % 64 + (size_t)worker * llmpar__gemm_block_bytes(run);
     run->a = (float *)(void *)at;
     at += run->a_bytes;
     run->b = (float *)(void *)at;
@@ -493,10 +507,27 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     }
 }
 
+typedef struct llmpar__gemm_job { const llmpar__gemm_run *run; llmpar__cpu cpu; /* whose pool works on a block */ } llmpar__gemm_job;
+
+static void llmpar__gemm_block_task(void *arg, int64_t task, int32_t worker)
+{
+    llmpar__gemm_job *job = (llmpar__gemm_job *)arg;
+    llmpar__gemm_run run = *job->run;
+    int64_t down = (run.all_m + run.block_m - 1) / run.block_m;
+    run.i0 = task % down * run.block_m;
+    run.j0 = task / down * run.block_n;
+    run.m = run.all_m - run.i0 < run.block_m ? run.all_m - run.i0 : run.block_m;
+    run.n = run.all_n - run.j0 < run.block_n ? run.all_n - run.j0 : run.block_n;
+    llmpar__gemm_lay_out(&run, worker);
+    llmpar__gemm_block(&run, &job->cpu);
+}
+
+/* Of many rows each thread does whole blocks, as one thread alone would: nobody waits for anybody before the end, tiles copy B on their way, and A is read by who packed it. */
 static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
 {
     llmpar__cpu cpu = *(llmpar__cpu *)device->state;
     llmpar__gemm_run run;
+    llmpar__gemm_job job;
     size_t bytes;
     bytes = args->workspace ? args->workspace_bytes : 0;
     if (llmpar__gemm_thin_takes(&cpu, args)) {
@@ -508,15 +539,12 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
     llmpar__gemm_prepare(&run, &cpu, args);
     if (bytes < llmpar__gemm_bytes(&run))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
-    llmpar__gemm_lay_out(&run, args->workspace);
     if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
-    for (run.j0 = 0; run.j0 < run.all_n; run.j0 += run.block_n) {
-        run.n = run.all_n - run.j0 < run.block_n ? run.all_n - run.j0 : run.block_n;
-        for (run.i0 = 0; run.i0 < run.all_m; run.i0 += run.block_m) {
-            run.m = run.all_m - run.i0 < run.block_m ? run.all_m - run.i0 : run.block_m;
-            llmpar__gemm_block(&run, &cpu);
-        }
-    }
+    job.run = &run;
+    job.cpu = cpu;
+    if (run.apart > 1) job.cpu.pool = NULL;
+    else cpu.pool = NULL;
+    llmpar__pool_run(&cpu, llmpar__gemm_block_task, &job, (run.all_m + run.block_m - 1) / run.block_m * ((run.all_n + run.block_n - 1) / run.block_n));
     return LLMPAR_OK;
 }
 
@@ -567,7 +595,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
     size_t most = 0;
 #if !defined(LLMPAR_NO_SIMD)
     /* Where each way of working, and each number of blocks, needs most: so it is enough for fewer rows too. */
-    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
+    const int64_t apart = (int64_t)llmpar__pool_threads((const llmpar__cpu *)device->state) * LLMPAR__GEMM_APART_M, rows[] = { apart * 3 / 4 - 1, apart, apart * 3 / 2 - 1, 2 * apart, args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     const llmpar__cpu *cpu = (const llmpar__cpu *)device->state;
     size_t i, bytes;
     for (i = 0; i < sizeof rows / sizeof rows[0] && args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0; i++) {
