@@ -108,6 +108,7 @@ int main(int argc, char **argv)
         memset(&desc, 0, sizeof desc);
         desc.level = (llmpar_cpu_level)level;
         desc.threads = threads;
+        desc.processors = bench_places(threads);
         if (llmpar_cpu_create(&heap, &error, &desc, &device)) { fprintf(stderr, "bench_attention: %s\n", error.text); return 1; }
         if (argc > 6) measure(&results, device, llmpar_cpu_level_name((llmpar_cpu_level)level), threads, atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), atoi(argv[6]), dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : dtype, pairs, 0);
         else for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) for (int half = 0; half < 2; half++) {

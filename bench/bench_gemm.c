@@ -103,6 +103,7 @@ static void cpu_begin(cpu_of *cpu, llmpar_cpu_level level, int threads)
     memset(&desc, 0, sizeof desc);
     desc.level = level;
     desc.threads = threads;
+    desc.processors = bench_places(threads);
     llmpar_heap_init(&cpu->heap, NULL);
     llmpar_error_clear(&cpu->error);
     if (llmpar_cpu_create(&cpu->heap, &cpu->error, &desc, &cpu->device)) { fprintf(stderr, "%s\n", cpu->error.text); exit(1); }

@@ -97,6 +97,7 @@ static llmpar_device *open_device(llmpar_heap *heap, llmpar_error *error, int th
     llmpar_device *device;
     memset(&desc, 0, sizeof desc);
     desc.threads = threads;
+    desc.processors = bench_places(threads);
     llmpar_heap_init(heap, NULL);
     llmpar_error_clear(error);
     if (llmpar_cpu_create(heap, error, &desc, &device)) { fprintf(stderr, "%s\n", error->text); exit(1); }

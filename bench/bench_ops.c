@@ -216,6 +216,7 @@ int main(int argc, char **argv)
             llmpar_error_clear(&error);
             desc.level = (llmpar_cpu_level)level;
             desc.threads = threads;
+            desc.processors = bench_places(threads);
             if (llmpar_cpu_create(&heap, &error, &desc, &c.device)) { fprintf(stderr, "bench_ops: %s\n", error.text); return 1; }
             c.pool = pool;
             c.w = w;

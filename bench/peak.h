@@ -41,6 +41,26 @@ static inline int bench_cores(void)
 #endif
 }
 
+/* For llmpar_cpu_desc.processors: a core for each thread, as a launch has it (left alone, the system may keep a worker on its creator's core for seconds); the caller moves to its own, the last. NULL for one thread. */
+static inline const int32_t *bench_places(int threads)
+{
+#if defined(__linux__)
+    static int32_t places[BENCH_MOST_THREADS];
+    cpu_set_t own;
+    int seen = 0;
+    CPU_ZERO(&own);
+    for (int i = CPU_SETSIZE - 1; i >= 0 && seen < threads && threads <= BENCH_MOST_THREADS; i--)
+        if (CPU_ISSET(i, &bench_processors)) places[seen++] = i;
+    if (threads < 2 || seen < threads) return NULL;
+    CPU_SET(places[0], &own);
+    pthread_setaffinity_np(pthread_self(), sizeof own, &own);
+    return places;
+#else
+    (void)threads;
+    return NULL;
+#endif
+}
+
 static inline void *bench_crew_main(void *user)
 {
     bench_crew *c = (bench_crew *)user;
