@@ -74,12 +74,13 @@ enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_ST
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
+    llmpar__cpu *cpu;                     /* whose pool works on a block */
     llmpar__gemm_kernel kernel;
     int turned;                           /* A and B have changed places: what is called a and b, m and n below is args' b and a, n and m */
     int lying;                            /* A is read where it lies, but for rows that fill no tile */
     int64_t all_m, all_n;                 /* of the product */
     int64_t unit;                         /* elements of a link */
-    int32_t apart;                        /* threads that take whole blocks, each with a workspace of its own; 1: all work on one block together */
+    int32_t apart;                        /* threads that take whole blocks, with a workspace each; 1: all work on one together */
     int32_t threads, levels, levels_saved; /* that work on a block; partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
     int64_t group_panels;                 /* of B that a worker packs at a time, for itself */
@@ -87,7 +88,7 @@ typedef struct llmpar__gemm_run {
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
     int thin, copies;                     /* few rows; tiles copy the next group of B */
-    size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
+    size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes, block_bytes, bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
     llmpar__gemm_step *steps;             /* of the current part */
@@ -196,21 +197,14 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
     run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)(sizeof(llmpar__gemm_chunk) + sizeof(llmpar__gemm_span)));
+    run->block_bytes = run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes;
+    run->bytes = (size_t)run->apart * run->block_bytes + 63; /* with room to align */
 }
-
-/* Of a block. */
-static size_t llmpar__gemm_block_bytes(const llmpar__gemm_run *run)
-{
-    return run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes;
-}
-
-/* With room to align. */
-static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run) { return (size_t)run->apart * llmpar__gemm_block_bytes(run) + 63; }
 
 static void llmpar__gemm_lay_out(llmpar__gemm_run *run, int32_t worker)
 {
     char *at = (char *)run->args->workspace;
-    at += (64 - (uintptr_t)at % 64) % 64 + (size_t)worker * llmpar__gemm_block_bytes(run);
+    at += (64 - (uintptr_t)at % 64) % 64 + (size_t)worker * run->block_bytes;
     run->a = (float *)(void *)at;
     at += run->a_bytes;
     run->b = (float *)(void *)at;
@@ -489,8 +483,15 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     if (run->copies && full < run->b_panels && next <= full && full < next + run->group_panels) llmpar__gemm_pack(run, 1, full, 1, ahead.panel);
 }
 
-static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
+static void llmpar__gemm_block(void *arg, int64_t task, int32_t worker)
 {
+    llmpar__gemm_run own = *(const llmpar__gemm_run *)arg, *run = &own;
+    int64_t down = (run->all_m + run->block_m - 1) / run->block_m;
+    run->i0 = task % down * run->block_m;
+    run->j0 = task / down * run->block_n;
+    run->m = run->all_m - run->i0 < run->block_m ? run->all_m - run->i0 : run->block_m;
+    run->n = run->all_n - run->j0 < run->block_n ? run->all_n - run->j0 : run->block_n;
+    llmpar__gemm_lay_out(run, worker);
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
     run->groups = (run->b_panels + run->group_panels - 1) / run->group_panels;
@@ -502,32 +503,16 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     while (llmpar__gemm_next_part(run)) {
         memset(run->taken, 0, sizeof run->taken);
         if (run->lying && run->first_packed < run->a_panels) llmpar__gemm_pack(run, 0, run->first_packed, 1, run->a);
-        else if (!run->lying && run->threads > 1) llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
-        llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->groups + (run->threads > 1 ? 2 * run->threads : 0));
+        else if (!run->lying && run->threads > 1) llmpar__pool_run(run->cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
+        llmpar__pool_run(run->cpu, llmpar__gemm_tile_task, run, run->groups + (run->threads > 1 ? 2 * run->threads : 0));
     }
 }
 
-typedef struct llmpar__gemm_job { const llmpar__gemm_run *run; llmpar__cpu cpu; /* whose pool works on a block */ } llmpar__gemm_job;
-
-static void llmpar__gemm_block_task(void *arg, int64_t task, int32_t worker)
-{
-    llmpar__gemm_job *job = (llmpar__gemm_job *)arg;
-    llmpar__gemm_run run = *job->run;
-    int64_t down = (run.all_m + run.block_m - 1) / run.block_m;
-    run.i0 = task % down * run.block_m;
-    run.j0 = task / down * run.block_n;
-    run.m = run.all_m - run.i0 < run.block_m ? run.all_m - run.i0 : run.block_m;
-    run.n = run.all_n - run.j0 < run.block_n ? run.all_n - run.j0 : run.block_n;
-    llmpar__gemm_lay_out(&run, worker);
-    llmpar__gemm_block(&run, &job->cpu);
-}
-
-/* Of many rows each thread does whole blocks, as one thread alone would: nobody waits for anybody before the end, tiles copy B on their way, and A is read by who packed it. */
+/* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way, A is read by who packed it. */
 static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
 {
-    llmpar__cpu cpu = *(llmpar__cpu *)device->state;
+    llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;
     llmpar__gemm_run run;
-    llmpar__gemm_job job;
     size_t bytes;
     bytes = args->workspace ? args->workspace_bytes : 0;
     if (llmpar__gemm_thin_takes(&cpu, args)) {
@@ -537,14 +522,12 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
         return LLMPAR_OK;
     }
     llmpar__gemm_prepare(&run, &cpu, args);
-    if (bytes < llmpar__gemm_bytes(&run))
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
+    if (bytes < run.bytes)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)run.bytes, (unsigned long long)bytes);
     if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
-    job.run = &run;
-    job.cpu = cpu;
-    if (run.apart > 1) job.cpu.pool = NULL;
-    else cpu.pool = NULL;
-    llmpar__pool_run(&cpu, llmpar__gemm_block_task, &job, (run.all_m + run.block_m - 1) / run.block_m * ((run.all_n + run.block_n - 1) / run.block_n));
+    alone.pool = NULL;
+    run.cpu = run.apart > 1 ? &alone : &cpu;
+    llmpar__pool_run(run.apart > 1 ? &cpu : &alone, llmpar__gemm_block, &run, (run.all_m + run.block_m - 1) / run.block_m * ((run.all_n + run.block_n - 1) / run.block_n));
     return LLMPAR_OK;
 }
 
@@ -595,8 +578,8 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
     size_t most = 0;
 #if !defined(LLMPAR_NO_SIMD)
     /* Where each way of working, and each number of blocks, needs most: so it is enough for fewer rows too. */
-    const int64_t apart = (int64_t)llmpar__pool_threads((const llmpar__cpu *)device->state) * LLMPAR__GEMM_APART_M, rows[] = { apart * 3 / 4 - 1, apart, apart * 3 / 2 - 1, 2 * apart, args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     const llmpar__cpu *cpu = (const llmpar__cpu *)device->state;
+    const int64_t apart = (int64_t)LLMPAR__GEMM_APART_M * llmpar__pool_threads(cpu), rows[] = { apart * 3 / 4 - 1, apart, apart * 3 / 2 - 1, 2 * apart, args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     size_t i, bytes;
     for (i = 0; i < sizeof rows / sizeof rows[0] && args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0; i++) {
         llmpar_gemm_args fewer = *args;
@@ -606,7 +589,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
         if (llmpar__gemm_thin_takes(cpu, &fewer)) bytes = llmpar__gemm_thin_workspace(cpu, &fewer);
         else {
             llmpar__gemm_prepare(&run, cpu, &fewer);
-            bytes = llmpar__gemm_bytes(&run);
+            bytes = run.bytes;
         }
         if (bytes > most) most = bytes;
     }
