@@ -342,8 +342,9 @@ LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, cons
 LLMPAR__VINLINE __m512 llmpar__v_fma_from_avx512(__m512 x, __m512 least, __m512 a, __m512 b, __m512 c) { return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), a, b, c); }
 LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_root_avx512(llmpar__bits_avx512 t)
 {
-    const llmpar__bits_avx512 root = { 0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d };
-    return (llmpar__bits_avx512)_mm512_maskz_permutexvar_epi32((__mmask16)0xffff, (__m512i)t, (__m512i)root);
+    const llmpar__bits_avx512 root = { 0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6 },
+        more = { 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3 };
+    return (llmpar__bits_avx512)_mm512_permutex2var_epi32((__m512i)root, (__m512i)t, (__m512i)more);
 }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
