@@ -253,6 +253,9 @@ LLMPAR_EXTERN_C_END
 #include "cpu/pool.c"
 #include "cpu/stream.c"
 
+#include "base/clock.c"
+#include "tables/comm.c"
+#include "tables/record.c"
 #include "comm/threads_wait.c"
 #include "comm/threads.c"
 #include "comm/mpi_world.c"
@@ -268,12 +271,9 @@ LLMPAR_EXTERN_C_END
 
 #include "base/status.c"
 #include "base/heap.c"
-#include "base/clock.c"
 #include "base/processors.c"
 #include "tables/device.c"
 #include "tables/ctx.c"
-#include "tables/comm.c"
-#include "tables/record.c"
 #include "tables/halving.c"
 #include "tables/arena.c"
 #include "tables/trace.c"

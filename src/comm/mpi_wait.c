@@ -38,6 +38,9 @@ static void llmpar__mpi_wait_begin(llmpar__mpi_wait *wait, const llmpar_mpi_worl
     wait->looks = 0;
 }
 
+/* Whether this look is one for failures and the deadline too: reading clocks and messages of control takes longer than looking for what is awaited, which is mostly there within a microsecond. */
+static int llmpar__mpi_due(const llmpar_mpi_world *world, const llmpar__mpi_wait *wait) { return world->crowded || wait->looks % 8 == 7 || wait->looks >= 2000; }
+
 /* Between two looks, without the lock. */
 static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *wait)
 {
@@ -165,7 +168,7 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
             world->from[left++] = world->from[i];
         }
         if (!st) world->posted = left;
-        if (left > most && !st) {
+        if (left > most && !st && llmpar__mpi_due(world, &wait)) {
             llmpar__mpi_look(world);
             for (int32_t i = 0; i < left && missing < 0; i++)
                 if (world->from[i] >= 0 && world->peer[world->from[i]].finished) missing = world->from[i];
@@ -255,7 +258,7 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
             else if (in->context == world->outbox.context && !tc->comm.unchecked && in->fingerprint != world->outbox.fingerprint && !odd) odd = &in->call;
         }
         if (!st && other) st = llmpar__mpi_mismatch(tc, call, other);
-        if (!st && left) {
+        if (!st && left && llmpar__mpi_due(world, &wait)) {
             llmpar__mpi_look(world);
             double now = llmpar__clock_seconds();
             if (differs == 0 && (odd || (world->aborted && world->failure.status == LLMPAR_ERR_MISMATCH))) differs = now; /* perhaps the other side of it is on its way here */

@@ -406,6 +406,7 @@ static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const floa
     int64_t r;
     for (r = 0; r < run->args->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
         if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->args->c, c_at, columns, sums);
+        else if (columns == LLMPAR__THIN_COLUMNS) memcpy((float *)run->args->c + c_at, sums, LLMPAR__THIN_COLUMNS * sizeof *sums); /* without a call */
         else memcpy((float *)run->args->c + c_at, sums, (size_t)columns * sizeof *sums);
     }
 }
@@ -451,7 +452,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     const llmpar_gemm_args *args = run->args;
     int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), whole = args->n / run->level.columns < end ? args->n / run->level.columns : end, tile, follows;
     int64_t apart = whole > begin ? (whole - begin) / run->group : 0; /* tiles that go together are so far from each other that each group goes on with the streams of the one before */
-    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i;
+    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i, out_size = run->half_out.narrow ? 2 : 4;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size;
     llmpar__gemm_thin_place at, next;
     int32_t tiles, t;
@@ -470,6 +471,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
         at.segment = 0;
         at.begin = at.k = 0;
         more = llmpar__gemm_thin_next(run, &at);
+        for (t = 0; t < tiles; t++) /* lines that are written last: else each store waits for its own */
+            for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * out_size, 1, 2);
         for (piece = 0; piece < args->pieces; piece++) {
             float *sums = all + (run->parts ? piece * size : 0);
             if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
