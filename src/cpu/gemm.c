@@ -85,7 +85,7 @@ typedef struct llmpar__gemm_run {
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin, copies;                     /* few rows; tiles copy the next group of B */
+    int thin, copies, asks;               /* few rows; tiles copy the next group of B, or ask for it (turned: for the next rows that lie) */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -173,6 +173,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
     run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
+    run->asks = run->threads == 1 && run->kernel.asking[0] && !run->half.widen && args->kind == LLMPAR_GEMM_NT && !run->thin;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
@@ -404,6 +405,15 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
     return ahead->rows > 0;
 }
 
+/* Tiles ask for `rows` rows of B, two lines every eight k. */
+static void llmpar__gemm_ask(const llmpar__gemm_run *run, const char *from, int64_t ld, int64_t rows, llmpar__gemm_ahead *ahead)
+{
+    ahead->from = from;
+    ahead->share = ahead->next = (run->k * (int64_t)sizeof(float) + 127) / 128;
+    ahead->ld = ld - 128 * ahead->next;
+    ahead->rows = ahead->next ? rows : 0;
+}
+
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
 {
     llmpar__gemm_tile tile;
@@ -436,7 +446,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
-    tile.ahead = llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
+    tile.ahead = run->asks ? ahead->rows > 0 ? ahead : NULL : llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
@@ -450,8 +460,11 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
     int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
     float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
-    llmpar__gemm_ahead ahead = { NULL, run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
+    llmpar__gemm_ahead ahead = { NULL, run->asks ? NULL : run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
     int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
+    int64_t group_rows = run->n - next * width < run->group_panels * width ? run->n - next * width : run->group_panels * width, per = run->k / 8 * run->group_panels, ask_at;
+    ask_at = group_rows > 0 && per && run->chunk_count ? run->a_panels - group_rows * (run->k + 31) / 32 * 5 / 4 / per : -1;
+    if (ask_at < 0 && group_rows > 0 && run->chunk_count) ask_at = 0;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
         if (taken >= least) continue;
@@ -466,12 +479,17 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
         for (; i < i_end; i++) {
             int64_t r, line;
+            if (run->asks && run->turned && i + 1 < run->first_packed && run->chunk_count) llmpar__gemm_ask(run, run->spans->a + (run->i0 + (i + 1) * run->kernel.rows) * run->spans->ld, run->spans->ld, run->kernel.rows, &ahead);
+            if (run->asks && !run->turned && i == ask_at) {
+                const llmpar_gemm_segment *s = &run->args->segments[run->chunks->segment];
+                llmpar__gemm_ask(run, (const char *)((const float *)s->b + (run->j0 + next * width) * s->ldb + run->chunks->begin), s->ldb * 4, group_rows, &ahead);
+            }
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
             for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
         }
     }
-    for (; llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
+    for (; !run->asks && llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
     if (run->copies && full < run->b_panels && next <= full && full < next + run->group_panels) llmpar__gemm_pack(run, 1, full, 1, ahead.panel);
 }
 

@@ -75,6 +75,7 @@ typedef struct llmpar__gemm_kernel {
     void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
     void (*lying[3])(const llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
     void (*copying[2])(const llmpar__gemm_chains *chains); /* or NULL: chains[3] and lying[2] that copy B */
+    void (*asking[2])(const llmpar__gemm_chains *chains);  /* or NULL: that ask for what is next, into L2 */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */

@@ -69,6 +69,10 @@
     "vmovups (%%r8), %%zmm4\n\t" "vmovups 64(%%r8), %%zmm5\n\t" "vmovups 128(%%r8), %%zmm6\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "lea (%%r8,%%r8,2), %%r8\n\t" "add " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
     "prefetcht0 (%%r8)\n\t" "prefetcht0 64(%%r8)\n\t" "prefetcht0 128(%%r8)\n\t" "prefetcht0 188(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(1) ", %%r8\n\t" "addq $192, " LLMPAR__GEMM_AHEAD(1) "\n\t" \
     "vmovups %%zmm4, (%%r8)\n\t" "vmovups %%zmm5, 64(%%r8)\n\t" "vmovups %%zmm6, 128(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
+#define LLMPAR__GEMM_BESIDE_ASK \
+    "cmpq $0, " LLMPAR__GEMM_AHEAD(3) "\n\t" "je 18f\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(5) "\n\t" "mov " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" "prefetcht1 (%%r8)\n\t" "prefetcht1 64(%%r8)\n\t" "subq $-128, " LLMPAR__GEMM_AHEAD(0) "\n\t" \
+    "decq " LLMPAR__GEMM_AHEAD(4) "\n\t" "jnz 19f\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "mov " LLMPAR__GEMM_AHEAD(6) ", %%r8\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(4) "\n\t" "decq " LLMPAR__GEMM_AHEAD(3) "\n" \
+    "19:\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
 /* Rows are done with a step: partial tiles are added, and the sums go where they belong. */
 #define LLMPAR__GEMM_MERGE(rows, base, slot, merges) \
     "mov %c[" #merges "](%%r15), %%r9\n\t" "mov %c[" #slot "](%%r15), %%r8\n\t" "add 8*" #base "+%c[base](%[chains]), %%r8\n\t" "test %%r9, %%r9\n\t" "jz 8f\n" \
