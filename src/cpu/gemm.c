@@ -178,7 +178,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
 
     tile = run->kernel.rows * run->kernel.columns;
     run->own_by_worker = parts <= 1;
-    if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
+    if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads * (run->turned ? 2 * run->group_panels : 1) : llmpar_round_up(run->block_m, run->turned ? 2 * run->kernel.rows : 1) * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round((run->lying ? run->kernel.rows : run->block_m) * run->block_k * (int64_t)sizeof(float));
     run->b_bytes = llmpar__gemm_round((run->threads + run->copies) * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
@@ -405,13 +405,16 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
     return ahead->rows > 0;
 }
 
-/* Tiles ask for `rows` rows of B, two lines every eight k. */
-static void llmpar__gemm_ask(const llmpar__gemm_run *run, const char *from, int64_t ld, int64_t rows, llmpar__gemm_ahead *ahead)
+/* Tiles ask for `rows` rows that lie, from the product's row `at` on. */
+static void llmpar__gemm_ask(const llmpar__gemm_run *run, int64_t at, int64_t rows, llmpar__gemm_ahead *ahead)
 {
-    ahead->from = from;
+    const llmpar_gemm_segment *segment;
+    if (run->chunk_count == 0) return;
+    segment = &run->args->segments[run->chunks->segment];
     ahead->share = ahead->next = (run->k * (int64_t)sizeof(float) + 127) / 128;
-    ahead->ld = ld - 128 * ahead->next;
-    ahead->rows = ahead->next ? rows : 0;
+    ahead->from = (const char *)((const float *)segment->b + run->chunks->begin + at * segment->ldb);
+    ahead->ld = segment->ldb * (int64_t)sizeof(float) - 128 * ahead->next;
+    ahead->rows = rows;
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
@@ -429,7 +432,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
     tile.ldc = run->args->ldc;
     if (run->own_tiles) {
-        tile.c = run->c + (run->own_by_worker ? worker : i * run->b_panels + j) * size;
+        int64_t pairs = (run->a_panels + 1) / 2, place = j * pairs + i / 2; /* turned: two tiles, one below the other, become whole lines of c */
+        if (run->own_by_worker) place = (int64_t)worker * run->group_panels + j % run->group_panels;
+        tile.c = run->c + (run->turned ? 2 * place + i % 2 : run->own_by_worker ? worker : i * run->b_panels + j) * size;
         tile.ldc = run->kernel.columns;
     }
     tile.steps = run->steps;
@@ -449,8 +454,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.ahead = run->asks ? ahead->rows > 0 ? ahead : NULL : llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
-    if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
-    else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
+    if (run->turned) {
+        if (i % 2 || i + 1 == run->a_panels) llmpar__gemm_turn(tile.c - i % 2 * size, tile.ldc, i % 2 * run->kernel.rows + tile.rows, tile.columns, (float *)run->args->c + c - i % 2 * run->kernel.rows, run->args->ldc);
+    } else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
 /* A group of B, packed by the worker that takes it into its own L2, with each panel of A, which stays in L1. Behind the last group a worker helps with the one where most panels of A are left: so nobody waits
@@ -461,10 +467,7 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
     float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
     llmpar__gemm_ahead ahead = { NULL, run->asks ? NULL : run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
-    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
-    int64_t group_rows = run->n - next * width < run->group_panels * width ? run->n - next * width : run->group_panels * width, per = run->k / 8 * run->group_panels, ask_at;
-    ask_at = group_rows > 0 && per && run->chunk_count ? run->a_panels - group_rows * (run->k + 31) / 32 * 5 / 4 / per : -1;
-    if (ask_at < 0 && group_rows > 0 && run->chunk_count) ask_at = 0;
+    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, take = lazy ? run->bundle : run->turned ? 2 : 1, rows = run->n - next * width, ask_at, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
         if (taken >= least) continue;
@@ -472,18 +475,17 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
         group = g;
     }
     if (group >= run->groups) return;
+    if (rows > run->group_panels * width) rows = run->group_panels * width;
+    ask_at = run->a_panels - rows * 5 / 16 / run->group_panels; /* a tile asks for four rows; late, for L2 has no room for long */
     j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
     if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
-    while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
-        i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
+    while ((i = __atomic_fetch_add(&run->taken[group], take, __ATOMIC_RELAXED)) < run->a_panels) {
+        i_end = i + take < run->a_panels ? i + take : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
         for (; i < i_end; i++) {
             int64_t r, line;
-            if (run->asks && run->turned && i + 1 < run->first_packed && run->chunk_count) llmpar__gemm_ask(run, run->spans->a + (run->i0 + (i + 1) * run->kernel.rows) * run->spans->ld, run->spans->ld, run->kernel.rows, &ahead);
-            if (run->asks && !run->turned && i == ask_at) {
-                const llmpar_gemm_segment *s = &run->args->segments[run->chunks->segment];
-                llmpar__gemm_ask(run, (const char *)((const float *)s->b + (run->j0 + next * width) * s->ldb + run->chunks->begin), s->ldb * 4, group_rows, &ahead);
-            }
+            if (run->asks && run->turned && i + 1 < run->first_packed) llmpar__gemm_ask(run, run->i0 + (i + 1) * run->kernel.rows, run->kernel.rows, &ahead);
+            else if (run->asks && i == (ask_at > 0 ? ask_at : 0) && rows > 0) llmpar__gemm_ask(run, run->j0 + next * width, rows, &ahead);
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
             for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);

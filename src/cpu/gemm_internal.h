@@ -23,7 +23,8 @@ typedef struct llmpar__gemm_step {
     int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
-/* Full panels of B's next group, where it lies as they do: each tile copies a share of its rows, one every eight k. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels. Members of 8 bytes. */
+/* What tiles do for those to come, every eight k. Full panels of B's next group, where it lies as they do: each tile copies a share of its rows. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels.
+   Or, panel NULL, rows to come are asked for, 128 bytes at a time: where, from a row's end to the next one, rows; `share` left of this row, `next` of each. Members of 8 bytes. */
 typedef struct llmpar__gemm_ahead { const char *from; float *panel; int64_t ld, rows, share, kept, next, end; } llmpar__gemm_ahead;
 
 /* One tile of c during one part of the summed dim. */

@@ -91,11 +91,18 @@ LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int
 {
     int64_t i = 0, j;
 #if defined(__x86_64__)
-    for (; i + 4 <= rows; i += rows - i < 8 ? 4 : 8) {
-        int64_t step = rows - i < 8 ? 4 : 8, r;
+    int64_t step;
+    for (; i + 4 <= rows; i += step) {
+        int64_t r;
         const float *at = in + i * ld;
         float *to = out + i;
-        if (step == 8)
+        step = rows - i < 8 ? 4 : rows - i < 16 ? 8 : 16;
+        if (step == 16)
+            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
+                llmpar__gemm_transpose_8(at, ld, to, ld_out);
+                llmpar__gemm_transpose_8(at + 8 * ld, ld, to + 8, ld_out);
+            }
+        else if (step == 8)
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_8(at, ld, to, ld_out);
         else
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
