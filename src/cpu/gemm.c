@@ -85,7 +85,7 @@ typedef struct llmpar__gemm_run {
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin, copies, asks;               /* few rows; tiles copy the next group of B, or ask for it (turned: for the next rows that lie) */
+    int thin, copies, asks;               /* few rows; tiles copy the next group of B, or ask for it (turned: for the next rows) */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -405,7 +405,7 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
     return ahead->rows > 0;
 }
 
-/* Tiles ask for `rows` rows that lie, from the product's row `at` on. */
+/* Rows of B from `at` on. */
 static void llmpar__gemm_ask(const llmpar__gemm_run *run, int64_t at, int64_t rows, llmpar__gemm_ahead *ahead)
 {
     const llmpar_gemm_segment *segment;
@@ -432,7 +432,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
     tile.ldc = run->args->ldc;
     if (run->own_tiles) {
-        int64_t pairs = (run->a_panels + 1) / 2, place = j * pairs + i / 2; /* turned: two tiles, one below the other, become whole lines of c */
+        int64_t place = j * ((run->a_panels + 1) / 2) + i / 2; /* turned: two tiles become whole lines of c */
         if (run->own_by_worker) place = (int64_t)worker * run->group_panels + j % run->group_panels;
         tile.c = run->c + (run->turned ? 2 * place + i % 2 : run->own_by_worker ? worker : i * run->b_panels + j) * size;
         tile.ldc = run->kernel.columns;

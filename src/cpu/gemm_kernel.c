@@ -86,7 +86,7 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 
 #endif
 
-/* Eight rows at a time, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
+/* Sixteen rows at a time, a line of out, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
 LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
     int64_t i = 0, j;
@@ -97,13 +97,11 @@ LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int
         const float *at = in + i * ld;
         float *to = out + i;
         step = rows - i < 8 ? 4 : rows - i < 16 ? 8 : 16;
-        if (step == 16)
+        if (step >= 8)
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
                 llmpar__gemm_transpose_8(at, ld, to, ld_out);
-                llmpar__gemm_transpose_8(at + 8 * ld, ld, to + 8, ld_out);
+                if (step > 8) llmpar__gemm_transpose_8(at + 8 * ld, ld, to + 8, ld_out);
             }
-        else if (step == 8)
-            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_8(at, ld, to, ld_out);
         else
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
         for (; j < columns; j++, at++, to += ld_out)
