@@ -87,7 +87,7 @@ typedef struct llmpar__gemm_run {
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin, copies;                     /* few rows; tiles copy the next group of B */
+    int thin, copies, asks;               /* few rows; tiles copy the next group of B, or ask for it (turned: for the next rows) */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes, block_bytes, bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -185,11 +185,12 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
     run->copies = run->copies && run->threads == 1 && rows >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || rows <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
+    run->asks = run->threads == 1 && run->kernel.asking[0] && !run->half.widen && args->kind == LLMPAR_GEMM_NT && !run->thin;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
     run->own_by_worker = parts <= 1;
-    if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
+    if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads * (run->turned ? 2 * run->group_panels : 1) : llmpar_round_up(run->block_m, run->turned ? 2 * run->kernel.rows : 1) * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round((run->lying ? run->kernel.rows : run->block_m) * run->block_k * (int64_t)sizeof(float));
     run->b_bytes = llmpar__gemm_round((run->threads + run->copies) * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
@@ -412,6 +413,18 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
     return ahead->rows > 0;
 }
 
+/* Rows of B from `at` on. */
+static void llmpar__gemm_ask(const llmpar__gemm_run *run, int64_t at, int64_t rows, llmpar__gemm_ahead *ahead)
+{
+    const llmpar_gemm_segment *segment;
+    if (run->chunk_count == 0) return;
+    segment = &run->args->segments[run->chunks->segment];
+    ahead->share = ahead->next = (run->k * (int64_t)sizeof(float) + 127) / 128;
+    ahead->from = (const char *)((const float *)segment->b + run->chunks->begin + at * segment->ldb);
+    ahead->ld = segment->ldb * (int64_t)sizeof(float) - 128 * ahead->next;
+    ahead->rows = rows;
+}
+
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
 {
     llmpar__gemm_tile tile;
@@ -427,7 +440,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
     tile.ldc = run->args->ldc;
     if (run->own_tiles) {
-        tile.c = run->c + (run->own_by_worker ? worker : i * run->b_panels + j) * size;
+        int64_t place = j * ((run->a_panels + 1) / 2) + i / 2; /* turned: two tiles become whole lines of c */
+        if (run->own_by_worker) place = (int64_t)worker * run->group_panels + j % run->group_panels;
+        tile.c = run->c + (run->turned ? 2 * place + i % 2 : run->own_by_worker ? worker : i * run->b_panels + j) * size;
         tile.ldc = run->kernel.columns;
     }
     tile.steps = run->steps;
@@ -444,11 +459,12 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
-    tile.ahead = llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
+    tile.ahead = run->asks ? ahead->rows > 0 ? ahead : NULL : llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
-    if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
-    else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
+    if (run->turned) {
+        if (i % 2 || i + 1 == run->a_panels) llmpar__gemm_turn(tile.c - i % 2 * size, tile.ldc, i % 2 * run->kernel.rows + tile.rows, tile.columns, (float *)run->args->c + c - i % 2 * run->kernel.rows, run->args->ldc);
+    } else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
 /* A group of B, packed by the worker that takes it into its own L2, with each panel of A, which stays in L1. Behind the last group a worker helps with the one where most panels of A are left: so nobody waits
@@ -458,8 +474,8 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
     int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
     float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
-    llmpar__gemm_ahead ahead = { NULL, run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
-    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
+    llmpar__gemm_ahead ahead = { NULL, run->asks ? NULL : run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
+    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, take = lazy ? run->bundle : run->turned ? 2 : 1, rows = run->n - next * width, ask_at, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
         if (taken >= least) continue;
@@ -467,19 +483,23 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
         group = g;
     }
     if (group >= run->groups) return;
+    if (rows > run->group_panels * width) rows = run->group_panels * width;
+    ask_at = run->a_panels - rows * 5 / 16 / run->group_panels; /* a tile asks for four rows; late, for L2 has no room for long */
     j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
     if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
-    while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
-        i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
+    while ((i = __atomic_fetch_add(&run->taken[group], take, __ATOMIC_RELAXED)) < run->a_panels) {
+        i_end = i + take < run->a_panels ? i + take : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
         for (; i < i_end; i++) {
             int64_t r, line;
+            if (run->asks && run->turned && i + 1 < run->first_packed) llmpar__gemm_ask(run, run->i0 + (i + 1) * run->kernel.rows, run->kernel.rows, &ahead);
+            else if (run->asks && i == (ask_at > 0 ? ask_at : 0) && rows > 0) llmpar__gemm_ask(run, run->j0 + next * width, rows, &ahead);
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
             for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
         }
     }
-    for (; llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
+    for (; !run->asks && llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
     if (run->copies && full < run->b_panels && next <= full && full < next + run->group_panels) llmpar__gemm_pack(run, 1, full, 1, ahead.panel);
 }
 

@@ -23,7 +23,8 @@ typedef struct llmpar__gemm_step {
     int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
-/* Full panels of B's next group, where it lies as they do: each tile copies a share of its rows, one every eight k. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels. Members of 8 bytes. */
+/* Full panels of B's next group, where it lies as they do: each tile copies a share of its rows, one every eight k. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels. Members of 8 bytes.
+   No panel: rows are asked for, 128 bytes each time; ld from a row's end to the next one, `share` times left of this row, `next` of each. */
 typedef struct llmpar__gemm_ahead { const char *from; float *panel; int64_t ld, rows, share, kept, next, end; } llmpar__gemm_ahead;
 
 /* One tile of c during one part of the summed dim. */
@@ -75,6 +76,7 @@ typedef struct llmpar__gemm_kernel {
     void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
     void (*lying[3])(const llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
     void (*copying[2])(const llmpar__gemm_chains *chains); /* or NULL: chains[3] and lying[2] that copy B */
+    void (*asking[2])(const llmpar__gemm_chains *chains);  /* or NULL: that ask for rows to come, into L2 */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */

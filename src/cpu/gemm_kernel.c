@@ -86,17 +86,22 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 
 #endif
 
-/* Eight rows at a time, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
+/* Sixteen rows at a time, a line of out, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
 LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
     int64_t i = 0, j;
 #if defined(__x86_64__)
-    for (; i + 4 <= rows; i += rows - i < 8 ? 4 : 8) {
-        int64_t step = rows - i < 8 ? 4 : 8, r;
+    int64_t step;
+    for (; i + 4 <= rows; i += step) {
+        int64_t r;
         const float *at = in + i * ld;
         float *to = out + i;
-        if (step == 8)
-            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_8(at, ld, to, ld_out);
+        step = rows - i < 8 ? 4 : rows - i < 16 ? 8 : 16;
+        if (step >= 8)
+            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
+                llmpar__gemm_transpose_8(at, ld, to, ld_out);
+                if (step > 8) llmpar__gemm_transpose_8(at + 8 * ld, ld, to + 8, ld_out);
+            }
         else
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
         for (; j < columns; j++, at++, to += ld_out)
@@ -277,6 +282,8 @@ LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 LLMPAR__GEMM_LEVEL_512(avx512)
 LLMPAR__GEMM_FUNCTION(avx512_chains_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, COPY)
 LLMPAR__GEMM_FUNCTION(avx512_lying_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, COPY)
+LLMPAR__GEMM_FUNCTION(avx512_chains_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, ASK)
+LLMPAR__GEMM_FUNCTION(avx512_lying_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, ASK)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -310,11 +317,11 @@ LLMPAR__GEMM_LEVEL_512(bf16)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL } };
-    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL } };
-    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying } };
+    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying }, { llmpar__gemm_avx512_chains_asking, llmpar__gemm_avx512_lying_asking } };
 #if LLMPAR__GEMM_BF16
-    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL } };
+    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL }, { NULL } };
     if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
 #endif
     (void)dtype;
@@ -383,7 +390,7 @@ LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL }, { NULL } };
+    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL }, { NULL }, { NULL } };
     (void)level;
     (void)dtype;
     return neon;
@@ -439,7 +446,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;
     chains.ask_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_next;
     if (copies) chains.ahead = *tile->ahead;
-    (copies ? kernel->copying[!tile->a] : run)(&chains);
+    (!copies ? run : tile->ahead->panel ? kernel->copying[!tile->a] : kernel->asking[!tile->a])(&chains);
     if (copies) *tile->ahead = chains.ahead;
     llmpar__gemm_rest();
     if (is_edge && tile->store)

@@ -4,7 +4,7 @@
      LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors, beside)   low(X, i), high(X, i): X(i, row, at, s0, s1, s2) for each row, where an element of A lies and its three accumulators;
                                               of more than four rows the fifth and those behind it are `high`: in every eight k they come after the others. A processor has room for few stores
                                               at a time (a Zen 4 for 32 of 32 bytes) and stands still when there are more: so a step's end stores the first half, does eight k of the second, and stores that;
-                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin; beside: COPY: every eight k a row of llmpar__gemm_ahead is copied, or NOTHING
+                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin; beside: COPY: every eight k a row of llmpar__gemm_ahead is copied, ASK: two lines asked for, or NOTHING
    Macros that gemm_kernel.c sets to the text for a vector width before it makes a function:
      LLMPAR__GEMM_CLOBBERS
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
@@ -63,12 +63,19 @@
 #define LLMPAR__GEMM_NEXT_ROWS "add $24, %%r13\n\t" "dec %%r14\n\t" "jnz 11b\n\t"
 #define LLMPAR__GEMM_LAST_ROWS(last) "cmp $1, %%r14\n\t" "jne 6f\n\t" last "6:\n\t"
 #define LLMPAR__GEMM_AHEAD(member) "8*" #member "+%c[ahead](%[chains])" /* counted, for an asm statement takes 30 operands */
+/* The row four further on is asked for into L1, where more of them, multiples of 4 KB apart, would not stay; the ninth into L2. */
+#define LLMPAR__GEMM_ASK_ROW(to) "prefetch" to " (%%r8)\n\t" "prefetch" to " 64(%%r8)\n\t" "prefetch" to " 128(%%r8)\n\t" "prefetch" to " 188(%%r8)\n\t"
 #define LLMPAR__GEMM_BESIDE_NOTHING
 #define LLMPAR__GEMM_BESIDE_COPY \
     "cmpq $0, " LLMPAR__GEMM_AHEAD(3) "\n\t" "je 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(4) "\n\t" "js 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(3) "\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(5) "\n\t" "mov " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
     "vmovups (%%r8), %%zmm4\n\t" "vmovups 64(%%r8), %%zmm5\n\t" "vmovups 128(%%r8), %%zmm6\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "lea (%%r8,%%r8,2), %%r8\n\t" "add " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
-    "prefetcht0 (%%r8)\n\t" "prefetcht0 64(%%r8)\n\t" "prefetcht0 128(%%r8)\n\t" "prefetcht0 188(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(1) ", %%r8\n\t" "addq $192, " LLMPAR__GEMM_AHEAD(1) "\n\t" \
+    LLMPAR__GEMM_ASK_ROW("t0") \
+    "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "shl $3, %%r8\n\t" "add " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" LLMPAR__GEMM_ASK_ROW("t1") "mov " LLMPAR__GEMM_AHEAD(1) ", %%r8\n\t" "addq $192, " LLMPAR__GEMM_AHEAD(1) "\n\t" \
     "vmovups %%zmm4, (%%r8)\n\t" "vmovups %%zmm5, 64(%%r8)\n\t" "vmovups %%zmm6, 128(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
+#define LLMPAR__GEMM_BESIDE_ASK \
+    "cmpq $0, " LLMPAR__GEMM_AHEAD(3) "\n\t" "je 18f\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(5) "\n\t" "mov " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" "prefetcht1 (%%r8)\n\t" "prefetcht1 64(%%r8)\n\t" "subq $-128, " LLMPAR__GEMM_AHEAD(0) "\n\t" \
+    "decq " LLMPAR__GEMM_AHEAD(4) "\n\t" "jnz 19f\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "mov " LLMPAR__GEMM_AHEAD(6) ", %%r8\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(4) "\n\t" "decq " LLMPAR__GEMM_AHEAD(3) "\n" \
+    "19:\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
 /* Rows are done with a step: partial tiles are added, and the sums go where they belong. */
 #define LLMPAR__GEMM_MERGE(rows, base, slot, merges) \
     "mov %c[" #merges "](%%r15), %%r9\n\t" "mov %c[" #slot "](%%r15), %%r8\n\t" "add 8*" #base "+%c[base](%[chains]), %%r8\n\t" "test %%r9, %%r9\n\t" "jz 8f\n" \
