@@ -3918,8 +3918,9 @@ LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, cons
 LLMPAR__VINLINE __m512 llmpar__v_fma_from_avx512(__m512 x, __m512 least, __m512 a, __m512 b, __m512 c) { return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), a, b, c); }
 LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_root_avx512(llmpar__bits_avx512 t)
 {
-    const llmpar__bits_avx512 root = { 0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d };
-    return (llmpar__bits_avx512)_mm512_maskz_permutexvar_epi32((__mmask16)0xffff, (__m512i)t, (__m512i)root);
+    const llmpar__bits_avx512 root = { 0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6 },
+        more = { 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3 };
+    return (llmpar__bits_avx512)_mm512_permutex2var_epi32((__m512i)root, (__m512i)t, (__m512i)more);
 }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
@@ -4526,6 +4527,7 @@ static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const floa
     int64_t r;
     for (r = 0; r < run->args->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
         if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->args->c, c_at, columns, sums);
+        else if (columns == LLMPAR__THIN_COLUMNS) memcpy((float *)run->args->c + c_at, sums, LLMPAR__THIN_COLUMNS * sizeof *sums); /* without a call */
         else memcpy((float *)run->args->c + c_at, sums, (size_t)columns * sizeof *sums);
     }
 }
@@ -4571,7 +4573,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     const llmpar_gemm_args *args = run->args;
     int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), whole = args->n / run->level.columns < end ? args->n / run->level.columns : end, tile, follows;
     int64_t apart = whole > begin ? (whole - begin) / run->group : 0; /* tiles that go together are so far from each other that each group goes on with the streams of the one before */
-    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i;
+    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i, out_size = run->half_out.narrow ? 2 : 4;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size;
     llmpar__gemm_thin_place at, next;
     int32_t tiles, t;
@@ -4590,6 +4592,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
         at.segment = 0;
         at.begin = at.k = 0;
         more = llmpar__gemm_thin_next(run, &at);
+        for (t = 0; t < tiles; t++) /* lines that are written last: else each store waits for its own */
+            for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * out_size, 1, 2);
         for (piece = 0; piece < args->pieces; piece++) {
             float *sums = all + (run->parts ? piece * size : 0);
             if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
@@ -4688,7 +4692,8 @@ typedef struct llmpar__gemm_step {
     int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
-/* Full panels of B's next group, where it lies as they do: each tile copies a share of its rows, one every eight k. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels. Members of 8 bytes. */
+/* Full panels of B's next group, where it lies as they do: each tile copies a share of its rows, one every eight k. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels. Members of 8 bytes.
+   No panel: rows are asked for, 128 bytes each time; ld from a row's end to the next one, `share` times left of this row, `next` of each. */
 typedef struct llmpar__gemm_ahead { const char *from; float *panel; int64_t ld, rows, share, kept, next, end; } llmpar__gemm_ahead;
 
 /* One tile of c during one part of the summed dim. */
@@ -4740,6 +4745,7 @@ typedef struct llmpar__gemm_kernel {
     void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
     void (*lying[3])(const llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
     void (*copying[2])(const llmpar__gemm_chains *chains); /* or NULL: chains[3] and lying[2] that copy B */
+    void (*asking[2])(const llmpar__gemm_chains *chains);  /* or NULL: that ask for rows to come, into L2 */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
@@ -4761,7 +4767,7 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
      LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors, beside)   low(X, i), high(X, i): X(i, row, at, s0, s1, s2) for each row, where an element of A lies and its three accumulators;
                                               of more than four rows the fifth and those behind it are `high`: in every eight k they come after the others. A processor has room for few stores
                                               at a time (a Zen 4 for 32 of 32 bytes) and stands still when there are more: so a step's end stores the first half, does eight k of the second, and stores that;
-                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin; beside: COPY: every eight k a row of llmpar__gemm_ahead is copied, or NOTHING
+                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin; beside: COPY: every eight k a row of llmpar__gemm_ahead is copied, ASK: two lines asked for, or NOTHING
    Macros that gemm_kernel.c sets to the text for a vector width before it makes a function:
      LLMPAR__GEMM_CLOBBERS
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
@@ -4818,12 +4824,19 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
 #define LLMPAR__GEMM_NEXT_ROWS "add $24, %%r13\n\t" "dec %%r14\n\t" "jnz 11b\n\t"
 #define LLMPAR__GEMM_LAST_ROWS(last) "cmp $1, %%r14\n\t" "jne 6f\n\t" last "6:\n\t"
 #define LLMPAR__GEMM_AHEAD(member) "8*" #member "+%c[ahead](%[chains])" /* counted, for an asm statement takes 30 operands */
+/* The row four further on is asked for into L1, where more of them, multiples of 4 KB apart, would not stay; the ninth into L2. */
+#define LLMPAR__GEMM_ASK_ROW(to) "prefetch" to " (%%r8)\n\t" "prefetch" to " 64(%%r8)\n\t" "prefetch" to " 128(%%r8)\n\t" "prefetch" to " 188(%%r8)\n\t"
 #define LLMPAR__GEMM_BESIDE_NOTHING
 #define LLMPAR__GEMM_BESIDE_COPY \
     "cmpq $0, " LLMPAR__GEMM_AHEAD(3) "\n\t" "je 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(4) "\n\t" "js 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(3) "\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(5) "\n\t" "mov " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
     "vmovups (%%r8), %%zmm4\n\t" "vmovups 64(%%r8), %%zmm5\n\t" "vmovups 128(%%r8), %%zmm6\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "lea (%%r8,%%r8,2), %%r8\n\t" "add " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
-    "prefetcht0 (%%r8)\n\t" "prefetcht0 64(%%r8)\n\t" "prefetcht0 128(%%r8)\n\t" "prefetcht0 188(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(1) ", %%r8\n\t" "addq $192, " LLMPAR__GEMM_AHEAD(1) "\n\t" \
+    LLMPAR__GEMM_ASK_ROW("t0") \
+    "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "shl $3, %%r8\n\t" "add " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" LLMPAR__GEMM_ASK_ROW("t1") "mov " LLMPAR__GEMM_AHEAD(1) ", %%r8\n\t" "addq $192, " LLMPAR__GEMM_AHEAD(1) "\n\t" \
     "vmovups %%zmm4, (%%r8)\n\t" "vmovups %%zmm5, 64(%%r8)\n\t" "vmovups %%zmm6, 128(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
+#define LLMPAR__GEMM_BESIDE_ASK \
+    "cmpq $0, " LLMPAR__GEMM_AHEAD(3) "\n\t" "je 18f\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(5) "\n\t" "mov " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" "prefetcht1 (%%r8)\n\t" "prefetcht1 64(%%r8)\n\t" "subq $-128, " LLMPAR__GEMM_AHEAD(0) "\n\t" \
+    "decq " LLMPAR__GEMM_AHEAD(4) "\n\t" "jnz 19f\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "mov " LLMPAR__GEMM_AHEAD(6) ", %%r8\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(4) "\n\t" "decq " LLMPAR__GEMM_AHEAD(3) "\n" \
+    "19:\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
 /* Rows are done with a step: partial tiles are added, and the sums go where they belong. */
 #define LLMPAR__GEMM_MERGE(rows, base, slot, merges) \
     "mov %c[" #merges "](%%r15), %%r9\n\t" "mov %c[" #slot "](%%r15), %%r8\n\t" "add 8*" #base "+%c[base](%[chains]), %%r8\n\t" "test %%r9, %%r9\n\t" "jz 8f\n" \
@@ -4981,17 +4994,22 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 
 #endif
 
-/* Eight rows at a time, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
+/* Sixteen rows at a time, a line of out, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
 LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
     int64_t i = 0, j;
 #if defined(__x86_64__)
-    for (; i + 4 <= rows; i += rows - i < 8 ? 4 : 8) {
-        int64_t step = rows - i < 8 ? 4 : 8, r;
+    int64_t step;
+    for (; i + 4 <= rows; i += step) {
+        int64_t r;
         const float *at = in + i * ld;
         float *to = out + i;
-        if (step == 8)
-            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_8(at, ld, to, ld_out);
+        step = rows - i < 8 ? 4 : rows - i < 16 ? 8 : 16;
+        if (step >= 8)
+            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
+                llmpar__gemm_transpose_8(at, ld, to, ld_out);
+                if (step > 8) llmpar__gemm_transpose_8(at + 8 * ld, ld, to + 8, ld_out);
+            }
         else
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
         for (; j < columns; j++, at++, to += ld_out)
@@ -5172,6 +5190,8 @@ LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 LLMPAR__GEMM_LEVEL_512(avx512)
 LLMPAR__GEMM_FUNCTION(avx512_chains_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, COPY)
 LLMPAR__GEMM_FUNCTION(avx512_lying_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, COPY)
+LLMPAR__GEMM_FUNCTION(avx512_chains_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, ASK)
+LLMPAR__GEMM_FUNCTION(avx512_lying_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, ASK)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -5205,11 +5225,11 @@ LLMPAR__GEMM_LEVEL_512(bf16)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL } };
-    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL } };
-    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying } };
+    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying }, { llmpar__gemm_avx512_chains_asking, llmpar__gemm_avx512_lying_asking } };
 #if LLMPAR__GEMM_BF16
-    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL } };
+    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL }, { NULL } };
     if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
 #endif
     (void)dtype;
@@ -5278,7 +5298,7 @@ LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL }, { NULL } };
+    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL }, { NULL }, { NULL } };
     (void)level;
     (void)dtype;
     return neon;
@@ -5334,7 +5354,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;
     chains.ask_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_next;
     if (copies) chains.ahead = *tile->ahead;
-    (copies ? kernel->copying[!tile->a] : run)(&chains);
+    (!copies ? run : tile->ahead->panel ? kernel->copying[!tile->a] : kernel->asking[!tile->a])(&chains);
     if (copies) *tile->ahead = chains.ahead;
     llmpar__gemm_rest();
     if (is_edge && tile->store)
@@ -5555,23 +5575,25 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192, LLMPAR__GEMM_APART_M = 512 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
+    llmpar__cpu *cpu;                     /* whose pool works on a block */
     llmpar__gemm_kernel kernel;
     int turned;                           /* A and B have changed places: what is called a and b, m and n below is args' b and a, n and m */
     int lying;                            /* A is read where it lies, but for rows that fill no tile */
     int64_t all_m, all_n;                 /* of the product */
     int64_t unit;                         /* elements of a link */
-    int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
+    int32_t apart;                        /* threads that take whole blocks, with a workspace each; 1: all work on one together */
+    int32_t threads, levels, levels_saved; /* that work on a block; partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
     int64_t group_panels;                 /* of B that a worker packs at a time, for itself */
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin, copies;                     /* few rows; tiles copy the next group of B */
-    size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
+    int thin, copies, asks;               /* few rows; tiles copy the next group of B, or ask for it (turned: for the next rows) */
+    size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes, block_bytes, bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
     llmpar__gemm_step *steps;             /* of the current part */
@@ -5630,7 +5652,7 @@ static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
 
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, limit_n, group_n, few = args->kind == LLMPAR_GEMM_NT ? INT64_MAX : args->m; /* rows, where B goes by in wide blocks if they are few: the first group of each is packed beforehand */
+    int64_t total = 0, parts, tile, limit_n, group_n, rows = args->m, few, apart; /* few: rows, where B goes by in wide blocks if they are few: the first group of each is packed beforehand */
     int32_t s, n;
     int outlives, even = 1; /* tiles that are no part of c outlive a part; pairs fill every segment */
     memset(run, 0, sizeof *run);
@@ -5638,31 +5660,42 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->kernel = llmpar__gemm_kernel_of(cpu->level, args->dtype);
     run->unit = run->kernel.pairs ? 2 : 1;
     run->threads = llmpar__pool_threads(cpu);
+    run->half = llmpar__half_of(cpu, args->dtype);
+    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    run->copies = run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT;
+    run->apart = 1;
+    apart = LLMPAR__GEMM_APART_M / (1 + run->copies); /* rows of a block, at most: each packs B for itself, which copying hides */
+    if (run->threads > 1 && args->m >= apart * run->threads * 3 / 2) { /* so two blocks a thread at least */
+        rows = llmpar_round_up((args->m + apart - 1) / apart, run->threads);
+        rows = llmpar_round_up((args->m + rows - 1) / rows, run->kernel.rows);
+        run->apart = run->threads;
+        run->threads = 1;
+    }
+    few = args->kind == LLMPAR_GEMM_NT ? INT64_MAX : run->apart > 1 ? 2 * (int64_t)LLMPAR__GEMM_FEW_M : rows;
     for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
     for (s = 0; s < args->segment_count; s++) total += (args->segments[s].k + run->unit - 1) / run->unit;
     run->thin = args->m <= LLMPAR__GEMM_THIN_M;
     run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
     parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->unit, run->block_k);
-    run->half = llmpar__half_of(cpu, args->dtype);
-    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     for (s = 0; s < args->segment_count; s++) even = even && args->segments[s].k % run->unit == 0;
-    run->lying = run->kernel.lying[0] && args->m <= LLMPAR__GEMM_LYING_MOST && args->kind != LLMPAR_GEMM_TN && (run->kernel.pairs ? even : !run->half.widen);
-    run->turned = run->lying && args->kind == LLMPAR_GEMM_NT && !args->accumulate && !run->half_out.narrow && !run->thin && args->m <= LLMPAR__GEMM_TURNED_M && args->m < args->n;
+    run->lying = run->kernel.lying[0] && rows <= LLMPAR__GEMM_LYING_MOST && args->kind != LLMPAR_GEMM_TN && (run->kernel.pairs ? even : !run->half.widen);
+    run->turned = run->lying && run->apart == 1 && args->kind == LLMPAR_GEMM_NT && !args->accumulate && !run->half_out.narrow && !run->thin && args->m <= LLMPAR__GEMM_TURNED_M && args->m < args->n;
     run->all_m = run->turned ? args->n : args->m;
     run->all_n = run->turned ? args->m : args->n;
     outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
     limit_n = !outlives || run->thin || few <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : few <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
-    run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_m = llmpar__gemm_even_blocks(run->turned ? run->all_m : rows, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
-    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
+    run->copies = run->copies && run->threads == 1 && rows >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || rows <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
+    run->asks = run->threads == 1 && run->kernel.asking[0] && !run->half.widen && args->kind == LLMPAR_GEMM_NT && !run->thin;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
     run->own_by_worker = parts <= 1;
-    if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
+    if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads * (run->turned ? 2 * run->group_panels : 1) : llmpar_round_up(run->block_m, run->turned ? 2 * run->kernel.rows : 1) * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round((run->lying ? run->kernel.rows : run->block_m) * run->block_k * (int64_t)sizeof(float));
     run->b_bytes = llmpar__gemm_round((run->threads + run->copies) * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
@@ -5670,18 +5703,14 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
     run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)(sizeof(llmpar__gemm_chunk) + sizeof(llmpar__gemm_span)));
+    run->block_bytes = run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes;
+    run->bytes = (size_t)run->apart * run->block_bytes + 63; /* with room to align */
 }
 
-/* With room to align. */
-static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
+static void llmpar__gemm_lay_out(llmpar__gemm_run *run, int32_t worker)
 {
-    return run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
-}
-
-static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
-{
-    char *at = (char *)workspace;
-    at += (64 - (uintptr_t)at % 64) % 64;
+    char *at = (char *)run->args->workspace;
+    at += (64 - (uintptr_t)at % 64) % 64 + (size_t)worker * run->block_bytes;
     run->a = (float *)(void *)at;
     at += run->a_bytes;
     run->b = (float *)(void *)at;
@@ -5889,6 +5918,18 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
     return ahead->rows > 0;
 }
 
+/* Rows of B from `at` on. */
+static void llmpar__gemm_ask(const llmpar__gemm_run *run, int64_t at, int64_t rows, llmpar__gemm_ahead *ahead)
+{
+    const llmpar_gemm_segment *segment;
+    if (run->chunk_count == 0) return;
+    segment = &run->args->segments[run->chunks->segment];
+    ahead->share = ahead->next = (run->k * (int64_t)sizeof(float) + 127) / 128;
+    ahead->from = (const char *)((const float *)segment->b + run->chunks->begin + at * segment->ldb);
+    ahead->ld = segment->ldb * (int64_t)sizeof(float) - 128 * ahead->next;
+    ahead->rows = rows;
+}
+
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
 {
     llmpar__gemm_tile tile;
@@ -5904,7 +5945,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
     tile.ldc = run->args->ldc;
     if (run->own_tiles) {
-        tile.c = run->c + (run->own_by_worker ? worker : i * run->b_panels + j) * size;
+        int64_t place = j * ((run->a_panels + 1) / 2) + i / 2; /* turned: two tiles become whole lines of c */
+        if (run->own_by_worker) place = (int64_t)worker * run->group_panels + j % run->group_panels;
+        tile.c = run->c + (run->turned ? 2 * place + i % 2 : run->own_by_worker ? worker : i * run->b_panels + j) * size;
         tile.ldc = run->kernel.columns;
     }
     tile.steps = run->steps;
@@ -5921,11 +5964,12 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
-    tile.ahead = llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
+    tile.ahead = run->asks ? ahead->rows > 0 ? ahead : NULL : llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
-    if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
-    else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
+    if (run->turned) {
+        if (i % 2 || i + 1 == run->a_panels) llmpar__gemm_turn(tile.c - i % 2 * size, tile.ldc, i % 2 * run->kernel.rows + tile.rows, tile.columns, (float *)run->args->c + c - i % 2 * run->kernel.rows, run->args->ldc);
+    } else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
 /* A group of B, packed by the worker that takes it into its own L2, with each panel of A, which stays in L1. Behind the last group a worker helps with the one where most panels of A are left: so nobody waits
@@ -5935,8 +5979,8 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
     int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
     float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
-    llmpar__gemm_ahead ahead = { NULL, run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
-    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
+    llmpar__gemm_ahead ahead = { NULL, run->asks ? NULL : run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
+    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, take = lazy ? run->bundle : run->turned ? 2 : 1, rows = run->n - next * width, ask_at, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
         if (taken >= least) continue;
@@ -5944,24 +5988,35 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
         group = g;
     }
     if (group >= run->groups) return;
+    if (rows > run->group_panels * width) rows = run->group_panels * width;
+    ask_at = run->a_panels - rows * 5 / 16 / run->group_panels; /* a tile asks for four rows; late, for L2 has no room for long */
     j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
     if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
-    while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
-        i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
+    while ((i = __atomic_fetch_add(&run->taken[group], take, __ATOMIC_RELAXED)) < run->a_panels) {
+        i_end = i + take < run->a_panels ? i + take : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
         for (; i < i_end; i++) {
             int64_t r, line;
+            if (run->asks && run->turned && i + 1 < run->first_packed) llmpar__gemm_ask(run, run->i0 + (i + 1) * run->kernel.rows, run->kernel.rows, &ahead);
+            else if (run->asks && i == (ask_at > 0 ? ask_at : 0) && rows > 0) llmpar__gemm_ask(run, run->j0 + next * width, rows, &ahead);
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
             for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
         }
     }
-    for (; llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
+    for (; !run->asks && llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
     if (run->copies && full < run->b_panels && next <= full && full < next + run->group_panels) llmpar__gemm_pack(run, 1, full, 1, ahead.panel);
 }
 
-static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
+static void llmpar__gemm_block(void *arg, int64_t task, int32_t worker)
 {
+    llmpar__gemm_run own = *(const llmpar__gemm_run *)arg, *run = &own;
+    int64_t down = (run->all_m + run->block_m - 1) / run->block_m;
+    run->i0 = task % down * run->block_m;
+    run->j0 = task / down * run->block_n;
+    run->m = run->all_m - run->i0 < run->block_m ? run->all_m - run->i0 : run->block_m;
+    run->n = run->all_n - run->j0 < run->block_n ? run->all_n - run->j0 : run->block_n;
+    llmpar__gemm_lay_out(run, worker);
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
     run->groups = (run->b_panels + run->group_panels - 1) / run->group_panels;
@@ -5973,14 +6028,15 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     while (llmpar__gemm_next_part(run)) {
         memset(run->taken, 0, sizeof run->taken);
         if (run->lying && run->first_packed < run->a_panels) llmpar__gemm_pack(run, 0, run->first_packed, 1, run->a);
-        else if (!run->lying && run->threads > 1) llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
-        llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->groups + (run->threads > 1 ? 2 * run->threads : 0));
+        else if (!run->lying && run->threads > 1) llmpar__pool_run(run->cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
+        llmpar__pool_run(run->cpu, llmpar__gemm_tile_task, run, run->groups + (run->threads > 1 ? 2 * run->threads : 0));
     }
 }
 
+/* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way, A is read by who packed it. */
 static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
 {
-    llmpar__cpu cpu = *(llmpar__cpu *)device->state;
+    llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;
     llmpar__gemm_run run;
     size_t bytes;
     bytes = args->workspace ? args->workspace_bytes : 0;
@@ -5991,17 +6047,12 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
         return LLMPAR_OK;
     }
     llmpar__gemm_prepare(&run, &cpu, args);
-    if (bytes < llmpar__gemm_bytes(&run))
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
-    llmpar__gemm_lay_out(&run, args->workspace);
+    if (bytes < run.bytes)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)run.bytes, (unsigned long long)bytes);
     if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
-    for (run.j0 = 0; run.j0 < run.all_n; run.j0 += run.block_n) {
-        run.n = run.all_n - run.j0 < run.block_n ? run.all_n - run.j0 : run.block_n;
-        for (run.i0 = 0; run.i0 < run.all_m; run.i0 += run.block_m) {
-            run.m = run.all_m - run.i0 < run.block_m ? run.all_m - run.i0 : run.block_m;
-            llmpar__gemm_block(&run, &cpu);
-        }
-    }
+    alone.pool = NULL;
+    run.cpu = run.apart > 1 ? &alone : &cpu;
+    llmpar__pool_run(run.apart > 1 ? &cpu : &alone, llmpar__gemm_block, &run, (run.all_m + run.block_m - 1) / run.block_m * ((run.all_n + run.block_n - 1) / run.block_n));
     return LLMPAR_OK;
 }
 
@@ -6052,8 +6103,8 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
     size_t most = 0;
 #if !defined(LLMPAR_NO_SIMD)
     /* Where each way of working, and each number of blocks, needs most: so it is enough for fewer rows too. */
-    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     const llmpar__cpu *cpu = (const llmpar__cpu *)device->state;
+    const int64_t apart = (int64_t)LLMPAR__GEMM_APART_M * llmpar__pool_threads(cpu), rows[] = { apart * 3 / 4 - 1, apart, apart * 3 / 2 - 1, 2 * apart, args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     size_t i, bytes;
     for (i = 0; i < sizeof rows / sizeof rows[0] && args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0; i++) {
         llmpar_gemm_args fewer = *args;
@@ -6063,7 +6114,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
         if (llmpar__gemm_thin_takes(cpu, &fewer)) bytes = llmpar__gemm_thin_workspace(cpu, &fewer);
         else {
             llmpar__gemm_prepare(&run, cpu, &fewer);
-            bytes = llmpar__gemm_bytes(&run);
+            bytes = run.bytes;
         }
         if (bytes > most) most = bytes;
     }
@@ -8484,6 +8535,780 @@ LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
 #undef LLMPAR__STREAM_STACK
 #undef LLMPAR__STREAM_NOBODY
 
+/* ==== src/base/clock.c ==== */
+/* ==== src/base/clock_internal.h ==== */
+/* clock_internal: a clock that nobody sets, and waiting by it. Private. */
+
+LLMPAR__PRIVATE double llmpar__clock_seconds(void);
+LLMPAR__PRIVATE int llmpar__clock_cond_init(pthread_cond_t *cond); /* one for llmpar__clock_cond_wait; 0: the system gives none */
+/* Under the lock: until `cond` is signalled, or for so many seconds, or for nothing. */
+LLMPAR__PRIVATE void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds);
+
+/* ---- src/base/clock.c goes on ---- */
+#include <time.h>
+
+LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__clock_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+    if (pthread_condattr_init(&attributes)) return 0;
+#if !defined(__APPLE__)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+#endif
+    int failed = pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+    return !failed;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds)
+{
+    struct timespec until;
+#if defined(__APPLE__)
+    clock_gettime(CLOCK_REALTIME, &until);
+#else
+    clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+    if (seconds < 0) seconds = 0;
+    if (seconds > 3600) seconds = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
+    long nanoseconds = until.tv_nsec + (long)((seconds - (double)(long)seconds) * 1e9);
+    until.tv_sec += (time_t)seconds + nanoseconds / 1000000000;
+    until.tv_nsec = nanoseconds % 1000000000;
+    pthread_cond_timedwait(cond, lock, &until);
+}
+/* ==== src/tables/comm.c ==== */
+/* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
+
+/* ==== src/tables/tables_internal.h ==== */
+/* tables_internal: what callers of a device and of a communicator would write again and again. Private. */
+
+/* Waits for the stream in any case, which may still use what goes now or what the caller's stack holds. The first failure of the two. */
+LLMPAR__PRIVATE llmpar_status llmpar__device_done(llmpar_device *device, llmpar_stream *stream, llmpar_status status);
+LLMPAR__PRIVATE llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
+/* The tree over n inputs of `count` elements: a sum or maximum. Here, for the communicators' optimization level. */
+static inline llmpar_status llmpar__device_reduce(llmpar_device *device, llmpar_stream *stream, llmpar_reduce_op op, const void *const *in, int32_t n, size_t count, void *out, llmpar_dtype dtype)
+{
+    llmpar_tree_sum_args args;
+    memset(&args, 0, sizeof args);
+    args.in = in;
+    args.n = n;
+    args.count = count;
+    args.out = out;
+    args.dtype = dtype;
+    return op == LLMPAR_MAX ? device->max(device, stream, &args) : device->tree_sum(device, stream, &args);
+}
+
+/* Of one block; a sum, where it reduces. */
+LLMPAR__PRIVATE llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag);
+/* An all-gather, all-reduce or broadcast of values on the host, through memory of the device and a stream of its own: complete on return. A broadcast's other ranks have a `send` to read too. */
+LLMPAR__PRIVATE llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host);
+/* values[count] on the host become the largest of all ranks'. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag);
+
+/* ---- src/tables/comm.c goes on ---- */
+/* A slot that lies beyond the table's size is empty. */
+#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
+
+typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
+
+static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
+{
+    if (comm->abi == LLMPAR_COMM_ABI && comm->size >= slot_end) return LLMPAR_OK;
+    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: table with abi %u and %u bytes, expected abi %u and at least %lu bytes",
+                            comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
+}
+
+static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+{
+    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
+    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
+}
+
+static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_I64) return op == LLMPAR_SUM || op == LLMPAR_MAX;
+    return dtype == LLMPAR_U64 && op == LLMPAR_SUM;
+}
+
+/* One rank: every collective is at most a copy. */
+static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, size_t bytes)
+{
+    if (!bytes || !call->recv || call->recv == call->send) return LLMPAR_OK;
+    return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
+}
+
+/* The argument of the host calls that mark an entry of the record when its stream comes there. */
+typedef struct llmpar__comm_mark {
+    llmpar_record *record;
+    uint64_t id;
+} llmpar__comm_mark;
+
+static llmpar_status llmpar__comm_started(void *arg)
+{
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_started(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+static llmpar_status llmpar__comm_completed(void *arg)
+{
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_completed(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+
+/* Is there a description of the call that the slot was asked for? */
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+
+LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
+{
+    const llmpar_call *shown = llmpar__comm_shown(comm);
+    const char *tag = call->tag ? call->tag : "";
+    size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
+    memset(out, 0, sizeof *out);
+    out->count = call->count;
+    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
+    out->op = (int32_t)op;
+    out->dtype = (int32_t)call->dtype;
+    out->reduce = (int32_t)call->op;
+    out->root = call->root;
+    out->peer = call->peer;
+    out->member = comm->rank;
+    out->members = comm->ranks;
+    out->number = shown ? shown->number : 0;
+    out->rank = shown ? shown->rank : -1;
+    if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
+    if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
+    memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
+    out->tag_bits = 0xcbf29ce484222325u ^ length;
+    for (size_t i = 0; i < length; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, tag + i, length - i < 8 ? length - i : 8);
+        out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
+        out->tag_bits ^= out->tag_bits >> 32;
+    }
+}
+
+/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
+static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+{
+    llmpar_call_describe(comm, op, call, out);
+    mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
+    mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
+}
+
+/* Shows the description to the slot, unless the table is too old to have a place for it; returns what stood there (a slot may be made of other collectives of the same table). */
+static const llmpar_call *llmpar__comm_show(llmpar_comm *comm, const llmpar_call *call)
+{
+    if (comm->size < LLMPAR__COMM_END(call)) return NULL;
+    const llmpar_call *before = comm->call;
+    comm->call = call;
+    return before;
+}
+
+/* The slot between its marks. */
+static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *stream, llmpar_call_op op, const llmpar_collective *call, llmpar__comm_slot slot)
+{
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    llmpar__comm_enter(comm, op, call, &described, &mark);
+    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
+    if (st) return st;
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
+    llmpar__comm_show(comm, before);
+    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
+    return st;
+}
+
+static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op kind, llmpar__comm_slot slot, size_t slot_end)
+{
+    const char *name = llmpar_call_op_name(kind);
+    llmpar_status st = llmpar__comm_abi(comm, slot_end);
+    if (st) return st;
+    llmpar_collective call = *given;
+    if (!call.blocks) call.blocks = 1;
+    if (!call.tag) call.tag = "";
+    size_t item = llmpar_dtype_size(call.dtype), part, all, ranks = (size_t)comm->ranks;
+    if (!item) return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: dtype %d is not a stored type", name, call.tag, comm->axis, (int)call.dtype);
+    if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
+                                name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
+    int reduces = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_REDUCE;
+    if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
+                                name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
+    if (!reduces) call.op = LLMPAR_SUM;
+    if (kind != LLMPAR_CALL_BROADCAST) call.root = 0;
+    if (call.root < 0 || call.root >= comm->ranks)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
+    int point = kind == LLMPAR_CALL_SEND || kind == LLMPAR_CALL_RECV;
+    if (!point) call.peer = 0;
+    else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
+                                name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
+    int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
+    if (!needs_send) call.send = NULL; /* a broadcast in place, send == recv on every rank, is a root's only on the root */
+    int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
+    if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
+
+    size_t send_bytes = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
+    size_t recv_bytes = kind == LLMPAR_CALL_ALL_GATHER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
+    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
+        size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
+        const char *send = (const char *)call.send, *recv = (const char *)call.recv;
+        int fine = send == recv && (kind == LLMPAR_CALL_ALL_REDUCE || kind == LLMPAR_CALL_BROADCAST || ranks == 1);
+        if (kind == LLMPAR_CALL_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
+        if (kind == LLMPAR_CALL_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
+        if (!fine)
+            return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
+                                    name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
+    }
+
+    if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
+    else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
+    else st = llmpar__comm_slot_run(comm, stream, kind, &call, slot);
+    if (st) return st;
+    comm->sequence++;
+    uint64_t moved = part;
+    if (kind == LLMPAR_CALL_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
+    else if (kind == LLMPAR_CALL_RECV || (kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root)) moved = 0;
+    else if (kind != LLMPAR_CALL_SEND) moved = (uint64_t)part * (ranks - 1);
+    comm->bytes_sent += moved;
+    return LLMPAR_OK;
+}
+
+#define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
+
+LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR_CALL_ALL_GATHER); }
+LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER); }
+LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR_CALL_ALL_REDUCE); }
+LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR_CALL_BROADCAST); }
+LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
+LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
+LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
+
+LLMPAR__PRIVATE_DEF llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
+{
+    const llmpar_collective call = {send, recv, count, 0, dtype, LLMPAR_SUM, 0, 0, tag};
+    return call;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host)
+{
+    llmpar_device *device = comm->device;
+    llmpar_collective call = *host;
+    llmpar_stream *stream = NULL;
+    void *buffer = NULL;
+    int gathers = op == LLMPAR_CALL_ALL_GATHER;
+    size_t part = call.count * llmpar_dtype_size(call.dtype), whole = gathers ? part * (size_t)comm->ranks : part;
+    llmpar_status status = device->alloc(device, whole, &buffer);
+    if (status) return status;
+    status = device->stream_create(device, call.tag, &stream);
+    char *mine = (char *)buffer + (gathers ? part * (size_t)comm->rank : 0);
+    call.send = mine;
+    call.recv = buffer;
+    if (!status) status = device->copy(device, stream, mine, host->send, part);
+    if (!status) status = gathers ? llmpar_all_gather(comm, stream, &call) : op == LLMPAR_CALL_BROADCAST ? llmpar_broadcast(comm, stream, &call) : llmpar_all_reduce(comm, stream, &call);
+    if (!status) status = device->copy(device, stream, host->recv, buffer, whole);
+    if (stream) {
+        status = llmpar__device_done(device, stream, status);
+        device->stream_destroy(device, stream);
+    }
+    device->free(device, buffer, whole);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag)
+{
+    llmpar_collective call = llmpar__comm_collective(values, values, count, LLMPAR_I64, tag);
+    call.op = LLMPAR_MAX;
+    return llmpar__comm_talk(comm, LLMPAR_CALL_ALL_REDUCE, &call);
+}
+
+LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag ? tag : "";
+    if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
+    if (!st) comm->sequence++;
+    return st;
+}
+
+/* ---- slots that are one function ---- */
+
+#define LLMPAR__COMM_ONE(slot, op) \
+    static llmpar_status llmpar__comm_one_##slot(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return comm->collective(comm, stream, call, (int32_t)op); }
+LLMPAR__COMM_ONE(all_gather, LLMPAR_CALL_ALL_GATHER)
+LLMPAR__COMM_ONE(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER)
+LLMPAR__COMM_ONE(all_reduce, LLMPAR_CALL_ALL_REDUCE)
+LLMPAR__COMM_ONE(broadcast, LLMPAR_CALL_BROADCAST)
+LLMPAR__COMM_ONE(all_to_all, LLMPAR_CALL_ALL_TO_ALL)
+LLMPAR__COMM_ONE(send, LLMPAR_CALL_SEND)
+LLMPAR__COMM_ONE(recv, LLMPAR_CALL_RECV)
+#undef LLMPAR__COMM_ONE
+
+static llmpar_status llmpar__comm_one_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag;
+    return comm->collective(comm, stream, &call, (int32_t)LLMPAR_CALL_BARRIER);
+}
+
+LLMPAR_DEF void llmpar_comm_fill(llmpar_comm *comm, llmpar_status (*collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op))
+{
+    comm->collective = collective;
+    comm->barrier = llmpar__comm_one_barrier;
+    comm->all_gather = llmpar__comm_one_all_gather;
+    comm->reduce_scatter = llmpar__comm_one_reduce_scatter;
+    comm->all_reduce = llmpar__comm_one_all_reduce;
+    comm->broadcast = llmpar__comm_one_broadcast;
+    comm->all_to_all = llmpar__comm_one_all_to_all;
+    comm->send = llmpar__comm_one_send;
+    comm->recv = llmpar__comm_one_recv;
+}
+
+LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    *out = NULL;
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
+    if (st) return st;
+    llmpar_collective call;
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    memset(&call, 0, sizeof call);
+    call.tag = name ? name : "";
+    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
+    if (mark.id) llmpar_record_started(mark.record, mark.id);
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = comm->split(comm, color, key, call.tag, out);
+    llmpar__comm_show(comm, before);
+    if (st) return st;
+    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
+    if (mark.id) llmpar_record_completed(mark.record, mark.id);
+    comm->sequence++;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
+{
+    if (comm) comm->destroy(comm);
+}
+
+#undef LLMPAR__COMM_END
+#undef LLMPAR__COMM_CALL
+/* ==== src/tables/record.c ==== */
+/* record: descriptions, fingerprints and the ring.
+
+   ring: entry of call `id` (1, 2, ..) stands at id % 256:   | 257 | 258 | 3 | 4 | .. | 255 | 256 |      next id 259: the oldest is 3
+   A mark for an id that has been overwritten does nothing. */
+
+#include <sched.h>
+
+/* ==== src/base/text_internal.h ==== */
+/* text_internal: a text that may be longer than its buffer: it is cut there, always ends in 0, and `used` counts what the whole takes, as snprintf does. */
+
+typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
+
+/* An empty one in the caller's text[capacity]; NULL with capacity 0 only counts. */
+LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
+/* Appends like printf. */
+LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+/* Appends a JSON string, in its quotes. */
+LLMPAR__PRIVATE void llmpar__text_put_json(llmpar__text *out, const char *string);
+
+/* ---- src/tables/record.c goes on ---- */
+typedef struct llmpar__record_entry {
+    llmpar_call call;
+    uint64_t id, created_ns, started_ns, completed_ns; /* 0: not yet */
+    int32_t group;
+} llmpar__record_entry;
+
+typedef struct llmpar__record_group {
+    char axis[24];
+    int32_t ranks, same_name; /* same_name: groups before it with this axis but other members */
+    int32_t *world_rank;      /* [ranks] */
+    uint64_t collectives, messages, enqueued, started, completed; /* numbers given; the last collective's in each state */
+} llmpar__record_group;
+
+struct llmpar_record {
+    llmpar_heap *heap;
+    int32_t rank;
+    uint32_t lock;           /* atomic; of everything below */
+    uint64_t timeout_ms, last_id, changed_ns;
+    char where[48];
+    llmpar_call last;        /* completed */
+    llmpar__record_group *groups;
+    int32_t group_count, group_capacity;
+    llmpar__record_entry entry[LLMPAR_RECORD_ENTRIES];
+};
+
+/* ---- texts ---- */
+
+LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
+{
+    static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
+    return (unsigned)op < sizeof names / sizeof names[0] ? names[op] : "?";
+}
+
+static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
+
+static void llmpar__record_put_call(llmpar__text *out, const llmpar_call *call)
+{
+    llmpar__text_put(out, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
+    if (call->op == LLMPAR_CALL_NONE) return;
+    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__text_put(out, call->reduce == LLMPAR_MAX ? " max" : " sum");
+    if (call->blocks > 1) llmpar__text_put(out, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
+    else if (call->blocks) llmpar__text_put(out, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
+    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__text_put(out, " from root %d", (int)call->root);
+    if (call->op == LLMPAR_CALL_SEND) llmpar__text_put(out, " to %d", (int)call->peer);
+    if (call->op == LLMPAR_CALL_RECV) llmpar__text_put(out, " from %d", (int)call->peer);
+    llmpar__text_put(out, " \"%s\"", call->tag);
+    if (call->number) llmpar__text_put(out, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
+    else llmpar__text_put(out, " (on %s)", call->axis);
+}
+
+LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
+{
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__record_put_call(&out, call);
+    return out.used;
+}
+
+static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
+{
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    return hash ^ (hash >> 29);
+}
+
+LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
+{
+    uint64_t axis[3], hash = 0x243f6a8885a308d3u;
+    int message = llmpar__record_message(call), sends = call->op == LLMPAR_CALL_SEND;
+    memcpy(axis, call->axis, sizeof axis);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(message ? (int32_t)LLMPAR_CALL_SEND : call->op) << 32 | (uint32_t)call->dtype);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)call->reduce << 32 | (uint32_t)call->root);
+    if (message) hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(sends ? call->member : call->peer) << 32 | (uint32_t)(sends ? call->peer : call->member));
+    else hash = llmpar__record_mix(hash, call->number);
+    hash = llmpar__record_mix(hash, call->count);
+    hash = llmpar__record_mix(hash, call->blocks);
+    hash = llmpar__record_mix(hash, call->tag_bits);
+    for (int i = 0; i < 3; i++) hash = llmpar__record_mix(hash, axis[i]);
+    return hash;
+}
+
+LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
+{
+    const llmpar_call *side[2] = { a, b };
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
+    static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
+    differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
+    differ[1] = !messages && a->op != b->op;
+    differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
+    differ[3] = a->dtype != b->dtype;
+    differ[4] = a->count != b->count;
+    differ[5] = a->blocks != b->blocks;
+    differ[6] = a->root != b->root;
+    differ[7] = a->reduce != b->reduce;
+    differ[8] = a->tag_bits != b->tag_bits;
+    llmpar__text_put(&out, "the ranks of %s disagree in", a->axis);
+    for (int i = 0; i < 9; i++)
+        if (differ[i]) llmpar__text_put(&out, "%s%s", fields++ ? ", " : " ", name[i]);
+    for (int i = 0; i < 2; i++) {
+        llmpar__text_put(&out, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
+        llmpar__record_put_call(&out, side[i]);
+    }
+    return out.used;
+}
+
+/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
+static uint64_t llmpar__record_situation(const llmpar_position *p)
+{
+    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
+    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
+}
+
+LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
+{
+    enum { SITUATIONS = 24, NAMED = 12 };
+    static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
+    uint64_t seen[SITUATIONS];
+    int count = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar_position p, q;
+    for (int inside = 0; inside < 2; inside++)
+        for (int32_t i = 0; i < ranks; i++) {
+            get(user, i, &p);
+            if ((p.state == LLMPAR_POSITION_INSIDE) != inside) continue;
+            uint64_t key = llmpar__record_situation(&p);
+            int k = 0;
+            while (k < count && seen[k] != key) k++;
+            if (k < count) continue;
+            if (count == SITUATIONS) {
+                llmpar__text_put(&out, "; ...");
+                return out.used;
+            }
+            seen[count++] = key;
+            int32_t alike = 1, named = 1;
+            for (int32_t j = i + 1; j < ranks; j++) {
+                get(user, j, &q);
+                alike += llmpar__record_situation(&q) == key;
+            }
+            llmpar__text_put(&out, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
+            for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
+                get(user, j, &q);
+                if (llmpar__record_situation(&q) != key) continue;
+                llmpar__text_put(&out, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
+                named++;
+            }
+            if (named < alike) llmpar__text_put(&out, " and %d more", (int)(alike - named));
+            llmpar__text_put(&out, ": %s", states[p.state]);
+            if (p.state == LLMPAR_POSITION_INSIDE) llmpar__record_put_call(&out, &p.now);
+            llmpar__text_put(&out, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
+            if (p.last.op != LLMPAR_CALL_NONE) llmpar__record_put_call(&out, &p.last);
+        }
+    return out.used;
+}
+
+/* ---- the ring ---- */
+
+static void llmpar__record_lock(llmpar_record *record)
+{
+    while (__atomic_exchange_n(&record->lock, 1u, __ATOMIC_ACQUIRE)) sched_yield();
+}
+static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
+
+static uint64_t llmpar__record_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
+{
+    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
+    if (!record) return LLMPAR_ERR_MEMORY;
+    record->heap = heap;
+    record->rank = rank;
+    record->timeout_ms = timeout_ms;
+    record->changed_ns = llmpar__record_now();
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_record_destroy(llmpar_record *record)
+{
+    if (!record) return;
+    for (int32_t i = 0; i < record->group_count; i++) llmpar_heap_free(record->heap, record->groups[i].world_rank);
+    llmpar_heap_free(record->heap, record->groups);
+    llmpar_heap_free(record->heap, record);
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank)
+{
+    size_t n = (size_t)comm->ranks, length = strlen(comm->axis);
+    char axis[sizeof record->groups->axis];
+    int32_t same_name = 0;
+    memset(axis, 0, sizeof axis);
+    memcpy(axis, comm->axis, length < sizeof axis ? length : sizeof axis - 1);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        llmpar__record_group *g = &record->groups[i];
+        if (memcmp(g->axis, axis, sizeof axis)) continue;
+        if (g->ranks == comm->ranks && !memcmp(g->world_rank, world_rank, n * sizeof *world_rank)) {
+            comm->record = record;
+            comm->group = i;
+            return LLMPAR_OK;
+        }
+        same_name++;
+    }
+    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
+    llmpar__record_group *grown = NULL, *old = record->groups;
+    int32_t capacity = record->group_capacity;
+    if (members && record->group_count == capacity) {
+        capacity = capacity ? 2 * capacity : 8;
+        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
+    }
+    if (!members || (record->group_count == record->group_capacity && !grown)) {
+        llmpar_heap_free(record->heap, members);
+        return LLMPAR_ERR_MEMORY;
+    }
+    memcpy(members, world_rank, n * sizeof *members);
+    llmpar__record_lock(record);
+    if (grown) {
+        if (old) memcpy(grown, old, (size_t)record->group_count * sizeof *grown);
+        record->groups = grown;
+        record->group_capacity = capacity;
+    }
+    llmpar__record_group *g = &record->groups[record->group_count];
+    memset(g, 0, sizeof *g);
+    memcpy(g->axis, axis, sizeof axis);
+    g->ranks = comm->ranks;
+    g->same_name = same_name;
+    g->world_rank = members;
+    comm->record = record;
+    comm->group = record->group_count++;
+    llmpar__record_unlock(record);
+    if (grown) llmpar_heap_free(record->heap, old);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_group *g = &record->groups[group];
+    uint64_t id = ++record->last_id;
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    call->rank = record->rank;
+    call->number = llmpar__record_message(call) ? ++g->messages : ++g->collectives;
+    if (!llmpar__record_message(call)) g->enqueued = call->number;
+    if (call->where[0]) memcpy(record->where, call->where, sizeof record->where);
+    e->call = *call;
+    e->id = id;
+    e->created_ns = record->changed_ns = now;
+    e->started_ns = e->completed_ns = 0;
+    e->group = group;
+    llmpar__record_unlock(record);
+    return id;
+}
+
+static void llmpar__record_mark(llmpar_record *record, uint64_t id, int completed)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    record->changed_ns = now;
+    if (e->id == id) {
+        llmpar__record_group *g = &record->groups[e->group];
+        if (completed) {
+            e->completed_ns = now;
+            record->last = e->call;
+        } else {
+            e->started_ns = now;
+        }
+        if (!llmpar__record_message(&e->call)) *(completed ? &g->completed : &g->started) = e->call.number;
+    }
+    llmpar__record_unlock(record);
+}
+
+LLMPAR_DEF void llmpar_record_started(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 0); }
+LLMPAR_DEF void llmpar_record_completed(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 1); }
+
+static uint64_t llmpar__record_oldest(const llmpar_record *record)
+{
+    return record->last_id < LLMPAR_RECORD_ENTRIES ? 1 : record->last_id - LLMPAR_RECORD_ENTRIES + 1;
+}
+
+LLMPAR_DEF void llmpar_record_position(llmpar_record *record, llmpar_position *out)
+{
+    memset(out, 0, sizeof *out);
+    llmpar__record_lock(record);
+    out->rank = record->rank;
+    out->time_ns = record->changed_ns;
+    memcpy(out->where, record->where, sizeof out->where);
+    out->last = record->last;
+    for (uint64_t id = record->last_id; id >= llmpar__record_oldest(record) && id; id--) {
+        const llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+        if (!e->started_ns || e->completed_ns) continue;
+        out->state = LLMPAR_POSITION_INSIDE;
+        out->now = e->call;
+        break;
+    }
+    llmpar__record_unlock(record);
+}
+
+/* ---- the dump ---- */
+
+static const char *llmpar__record_torch_dtype(int32_t dtype)
+{
+    switch (dtype) {
+    case LLMPAR_F32: return "Float";
+    case LLMPAR_F64: return "Double";
+    case LLMPAR_BF16: return "BFloat16";
+    case LLMPAR_F16: return "Half";
+    case LLMPAR_I32: return "Int";
+    case LLMPAR_I64: return "Long";
+    case LLMPAR_U64: return "UInt64";
+    default: return "Byte";
+    }
+}
+
+/* "tp"; the second communicator of that name with other members is "tp.1". */
+static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
+{
+    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
+    else snprintf(text, capacity, "%s", g->axis);
+}
+
+static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
+{
+    const llmpar_call *c = &e->call;
+    const llmpar__record_group *g = &record->groups[e->group];
+    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
+    uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
+    if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
+    if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
+    if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
+    llmpar__record_group_name(group, sizeof group, g);
+    llmpar_json_escape(group, strlen(group), name, sizeof name);
+    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+    llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
+    if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
+    if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
+    if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
+    if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
+    if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
+    llmpar__text_put(json, "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
+                          (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
+                          (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
+    llmpar__text_put(json, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
+                          (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
+    llmpar__text_put(json, "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
+                          "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
+                          e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
+                          llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
+}
+
+LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
+{
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    char group[48], name[320], axis[160], where[320];
+    llmpar__record_lock(record);
+    llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
+    llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__record_group_name(group, sizeof group, g);
+        llmpar_json_escape(group, strlen(group), name, sizeof name);
+        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+        llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
+        for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
+        llmpar__text_put(&out, "]\"}");
+    }
+    llmpar__text_put(&out, "\n },\n \"pg_status\": {");
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__text_put(&out, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
+                              (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
+    }
+    llmpar__text_put(&out, "\n },\n \"entries\": [");
+    for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
+        llmpar__text_put(&out, id == llmpar__record_oldest(record) ? "\n" : ",\n");
+        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], &out);
+    }
+    llmpar__text_put(&out, "\n ]\n}\n");
+    llmpar__record_unlock(record);
+    return out.used;
+}
 /* ==== src/comm/threads_wait.c ==== */
 /* threads_wait: how rank threads wait for each other, and every way in which such a wait ends.
 
@@ -8625,18 +9450,6 @@ LLMPAR__PRIVATE llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc);
 LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank);
 
 /* ---- src/comm/threads_wait.c goes on ---- */
-/* ==== src/base/clock_internal.h ==== */
-/* clock_internal: a clock that nobody sets, and waiting by it. Private. */
-
-LLMPAR__PRIVATE double llmpar__clock_seconds(void);
-LLMPAR__PRIVATE int llmpar__clock_cond_init(pthread_cond_t *cond); /* one for llmpar__clock_cond_wait; 0: the system gives none */
-/* Under the lock: until `cond` is signalled, or for so many seconds, or for nothing. */
-LLMPAR__PRIVATE void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds);
-
-/* ---- src/comm/threads_wait.c goes on ---- */
-#include <sched.h>
-#include <time.h>
-
 #define LLMPAR__THREADS_YIELDS 4
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
@@ -9165,33 +9978,6 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
    which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
    streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
 
-/* ==== src/tables/tables_internal.h ==== */
-/* tables_internal: what callers of a device and of a communicator would write again and again. Private. */
-
-/* Waits for the stream in any case, which may still use what goes now or what the caller's stack holds. The first failure of the two. */
-LLMPAR__PRIVATE llmpar_status llmpar__device_done(llmpar_device *device, llmpar_stream *stream, llmpar_status status);
-LLMPAR__PRIVATE llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
-/* The tree over n inputs of `count` elements: a sum or maximum. Here, for the communicators' optimization level. */
-static inline llmpar_status llmpar__device_reduce(llmpar_device *device, llmpar_stream *stream, llmpar_reduce_op op, const void *const *in, int32_t n, size_t count, void *out, llmpar_dtype dtype)
-{
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = n;
-    args.count = count;
-    args.out = out;
-    args.dtype = dtype;
-    return op == LLMPAR_MAX ? device->max(device, stream, &args) : device->tree_sum(device, stream, &args);
-}
-
-/* Of one block; a sum, where it reduces. */
-LLMPAR__PRIVATE llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag);
-/* An all-gather, all-reduce or broadcast of values on the host, through memory of the device and a stream of its own: complete on return. A broadcast's other ranks have a `send` to read too. */
-LLMPAR__PRIVATE llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host);
-/* values[count] on the host become the largest of all ranks'. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag);
-
-/* ---- src/comm/threads.c goes on ---- */
 #define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice of a maximum that are found and passed on at a time */
 #define LLMPAR__THREADS_GRAIN 256u /* bytes: slices begin at whole cache lines of aligned buffers */
 
@@ -10338,6 +11124,9 @@ static void llmpar__mpi_wait_begin(llmpar__mpi_wait *wait, const llmpar_mpi_worl
     wait->looks = 0;
 }
 
+/* Whether this look is one for failures and the deadline too: reading clocks and messages of control takes longer than looking for what is awaited, which is mostly there within a microsecond. */
+static int llmpar__mpi_due(const llmpar_mpi_world *world, const llmpar__mpi_wait *wait) { return world->crowded || wait->looks % 8 == 7 || wait->looks >= 2000; }
+
 /* Between two looks, without the lock. */
 static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *wait)
 {
@@ -10465,7 +11254,7 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
             world->from[left++] = world->from[i];
         }
         if (!st) world->posted = left;
-        if (left > most && !st) {
+        if (left > most && !st && llmpar__mpi_due(world, &wait)) {
             llmpar__mpi_look(world);
             for (int32_t i = 0; i < left && missing < 0; i++)
                 if (world->from[i] >= 0 && world->peer[world->from[i]].finished) missing = world->from[i];
@@ -10555,7 +11344,7 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
             else if (in->context == world->outbox.context && !tc->comm.unchecked && in->fingerprint != world->outbox.fingerprint && !odd) odd = &in->call;
         }
         if (!st && other) st = llmpar__mpi_mismatch(tc, call, other);
-        if (!st && left) {
+        if (!st && left && llmpar__mpi_due(world, &wait)) {
             llmpar__mpi_look(world);
             double now = llmpar__clock_seconds();
             if (differs == 0 && (odd || (world->aborted && world->failure.status == LLMPAR_ERR_MISMATCH))) differs = now; /* perhaps the other side of it is on its way here */
@@ -11867,22 +12656,25 @@ typedef struct llmpar__heap_header {
 } llmpar__heap_header;
 
 #define LLMPAR__HEAP_ALIGN 64
-#define LLMPAR__HEAP_LARGE ((size_t)4 << 20)
+#define LLMPAR__HEAP_HUGE ((size_t)2 << 20) /* a huge page, on most systems */
 
-/* Large blocks ask for huge pages: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
+/* Large blocks ask for huge pages and begin with one: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
    (twice over in a virtual machine). Advice: a system without them says no, and nothing else changes. */
 static void *llmpar__heap_malloc(void *user, size_t bytes)
 {
-    void *memory = malloc(bytes);
     (void)user;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (memory && bytes >= LLMPAR__HEAP_LARGE) {
-        uintptr_t page = 65536 /* of any system a multiple of its own */, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+    if (bytes >= LLMPAR__HEAP_HUGE) {
+        void *memory = NULL;
         int kept = errno;
-        if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
+        if (!posix_memalign(&memory, LLMPAR__HEAP_HUGE, bytes)) {
+            (void)madvise(memory, bytes / 65536 * 65536 /* of any system a multiple of its own pages */, MADV_HUGEPAGE);
+            errno = kept;
+            return memory;
+        }
     }
 #endif
-    return memory;
+    return malloc(bytes);
 }
 
 static void llmpar__heap_release(void *user, void *memory, size_t bytes)
@@ -11946,41 +12738,6 @@ LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
 
 #undef LLMPAR__HEAP_ALIGN
 #undef LLMPAR__HEAP_LARGE
-/* ==== src/base/clock.c ==== */
-LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-LLMPAR__PRIVATE_DEF int llmpar__clock_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attributes;
-    if (pthread_condattr_init(&attributes)) return 0;
-#if !defined(__APPLE__)
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-#endif
-    int failed = pthread_cond_init(cond, &attributes);
-    pthread_condattr_destroy(&attributes);
-    return !failed;
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds)
-{
-    struct timespec until;
-#if defined(__APPLE__)
-    clock_gettime(CLOCK_REALTIME, &until);
-#else
-    clock_gettime(CLOCK_MONOTONIC, &until);
-#endif
-    if (seconds < 0) seconds = 0;
-    if (seconds > 3600) seconds = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
-    long nanoseconds = until.tv_nsec + (long)((seconds - (double)(long)seconds) * 1e9);
-    until.tv_sec += (time_t)seconds + nanoseconds / 1000000000;
-    until.tv_nsec = nanoseconds % 1000000000;
-    pthread_cond_timedwait(cond, lock, &until);
-}
 /* ==== src/base/processors.c ==== */
 #include <fcntl.h>
 #include <unistd.h>
@@ -12236,705 +12993,6 @@ LLMPAR_DEF void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
     ctx->log(ctx->log_user, ctx->rank, level == LLMPAR_LOG_DEFAULT ? LLMPAR_LOG_INFO : level, line);
-}
-/* ==== src/tables/comm.c ==== */
-/* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
-
-/* A slot that lies beyond the table's size is empty. */
-#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
-
-typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
-
-static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
-{
-    if (comm->abi == LLMPAR_COMM_ABI && comm->size >= slot_end) return LLMPAR_OK;
-    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: table with abi %u and %u bytes, expected abi %u and at least %lu bytes",
-                            comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
-}
-
-static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
-{
-    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
-    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
-}
-
-static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
-{
-    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_I64) return op == LLMPAR_SUM || op == LLMPAR_MAX;
-    return dtype == LLMPAR_U64 && op == LLMPAR_SUM;
-}
-
-/* One rank: every collective is at most a copy. */
-static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, size_t bytes)
-{
-    if (!bytes || !call->recv || call->recv == call->send) return LLMPAR_OK;
-    return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
-}
-
-/* The argument of the host calls that mark an entry of the record when its stream comes there. */
-typedef struct llmpar__comm_mark {
-    llmpar_record *record;
-    uint64_t id;
-} llmpar__comm_mark;
-
-static llmpar_status llmpar__comm_started(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_started(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-static llmpar_status llmpar__comm_completed(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_completed(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-
-/* Is there a description of the call that the slot was asked for? */
-static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
-
-LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
-{
-    const llmpar_call *shown = llmpar__comm_shown(comm);
-    const char *tag = call->tag ? call->tag : "";
-    size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
-    memset(out, 0, sizeof *out);
-    out->count = call->count;
-    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
-    out->op = (int32_t)op;
-    out->dtype = (int32_t)call->dtype;
-    out->reduce = (int32_t)call->op;
-    out->root = call->root;
-    out->peer = call->peer;
-    out->member = comm->rank;
-    out->members = comm->ranks;
-    out->number = shown ? shown->number : 0;
-    out->rank = shown ? shown->rank : -1;
-    if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
-    if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
-    memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
-    out->tag_bits = 0xcbf29ce484222325u ^ length;
-    for (size_t i = 0; i < length; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, tag + i, length - i < 8 ? length - i : 8);
-        out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
-        out->tag_bits ^= out->tag_bits >> 32;
-    }
-}
-
-/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
-static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
-{
-    llmpar_call_describe(comm, op, call, out);
-    mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
-    mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
-}
-
-/* Shows the description to the slot, unless the table is too old to have a place for it; returns what stood there (a slot may be made of other collectives of the same table). */
-static const llmpar_call *llmpar__comm_show(llmpar_comm *comm, const llmpar_call *call)
-{
-    if (comm->size < LLMPAR__COMM_END(call)) return NULL;
-    const llmpar_call *before = comm->call;
-    comm->call = call;
-    return before;
-}
-
-/* The slot between its marks. */
-static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *stream, llmpar_call_op op, const llmpar_collective *call, llmpar__comm_slot slot)
-{
-    llmpar_call described;
-    llmpar__comm_mark mark;
-    llmpar__comm_enter(comm, op, call, &described, &mark);
-    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
-    if (st) return st;
-    const llmpar_call *before = llmpar__comm_show(comm, &described);
-    st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
-    llmpar__comm_show(comm, before);
-    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
-    return st;
-}
-
-static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op kind, llmpar__comm_slot slot, size_t slot_end)
-{
-    const char *name = llmpar_call_op_name(kind);
-    llmpar_status st = llmpar__comm_abi(comm, slot_end);
-    if (st) return st;
-    llmpar_collective call = *given;
-    if (!call.blocks) call.blocks = 1;
-    if (!call.tag) call.tag = "";
-    size_t item = llmpar_dtype_size(call.dtype), part, all, ranks = (size_t)comm->ranks;
-    if (!item) return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: dtype %d is not a stored type", name, call.tag, comm->axis, (int)call.dtype);
-    if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
-                                name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
-    int reduces = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_REDUCE;
-    if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
-                                name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
-    if (!reduces) call.op = LLMPAR_SUM;
-    if (kind != LLMPAR_CALL_BROADCAST) call.root = 0;
-    if (call.root < 0 || call.root >= comm->ranks)
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
-    int point = kind == LLMPAR_CALL_SEND || kind == LLMPAR_CALL_RECV;
-    if (!point) call.peer = 0;
-    else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
-                                name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
-    int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
-    if (!needs_send) call.send = NULL; /* a broadcast in place, send == recv on every rank, is a root's only on the root */
-    int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
-    if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
-
-    size_t send_bytes = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
-    size_t recv_bytes = kind == LLMPAR_CALL_ALL_GATHER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
-    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
-        size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
-        const char *send = (const char *)call.send, *recv = (const char *)call.recv;
-        int fine = send == recv && (kind == LLMPAR_CALL_ALL_REDUCE || kind == LLMPAR_CALL_BROADCAST || ranks == 1);
-        if (kind == LLMPAR_CALL_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
-        if (kind == LLMPAR_CALL_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
-        if (!fine)
-            return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
-                                    name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
-    }
-
-    if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
-    else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
-    else st = llmpar__comm_slot_run(comm, stream, kind, &call, slot);
-    if (st) return st;
-    comm->sequence++;
-    uint64_t moved = part;
-    if (kind == LLMPAR_CALL_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
-    else if (kind == LLMPAR_CALL_RECV || (kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root)) moved = 0;
-    else if (kind != LLMPAR_CALL_SEND) moved = (uint64_t)part * (ranks - 1);
-    comm->bytes_sent += moved;
-    return LLMPAR_OK;
-}
-
-#define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
-
-LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR_CALL_ALL_GATHER); }
-LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER); }
-LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR_CALL_ALL_REDUCE); }
-LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR_CALL_BROADCAST); }
-LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
-LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
-LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
-
-LLMPAR__PRIVATE_DEF llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
-{
-    const llmpar_collective call = {send, recv, count, 0, dtype, LLMPAR_SUM, 0, 0, tag};
-    return call;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host)
-{
-    llmpar_device *device = comm->device;
-    llmpar_collective call = *host;
-    llmpar_stream *stream = NULL;
-    void *buffer = NULL;
-    int gathers = op == LLMPAR_CALL_ALL_GATHER;
-    size_t part = call.count * llmpar_dtype_size(call.dtype), whole = gathers ? part * (size_t)comm->ranks : part;
-    llmpar_status status = device->alloc(device, whole, &buffer);
-    if (status) return status;
-    status = device->stream_create(device, call.tag, &stream);
-    char *mine = (char *)buffer + (gathers ? part * (size_t)comm->rank : 0);
-    call.send = mine;
-    call.recv = buffer;
-    if (!status) status = device->copy(device, stream, mine, host->send, part);
-    if (!status) status = gathers ? llmpar_all_gather(comm, stream, &call) : op == LLMPAR_CALL_BROADCAST ? llmpar_broadcast(comm, stream, &call) : llmpar_all_reduce(comm, stream, &call);
-    if (!status) status = device->copy(device, stream, host->recv, buffer, whole);
-    if (stream) {
-        status = llmpar__device_done(device, stream, status);
-        device->stream_destroy(device, stream);
-    }
-    device->free(device, buffer, whole);
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag)
-{
-    llmpar_collective call = llmpar__comm_collective(values, values, count, LLMPAR_I64, tag);
-    call.op = LLMPAR_MAX;
-    return llmpar__comm_talk(comm, LLMPAR_CALL_ALL_REDUCE, &call);
-}
-
-LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag ? tag : "";
-    if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
-    if (!st) comm->sequence++;
-    return st;
-}
-
-/* ---- slots that are one function ---- */
-
-#define LLMPAR__COMM_ONE(slot, op) \
-    static llmpar_status llmpar__comm_one_##slot(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return comm->collective(comm, stream, call, (int32_t)op); }
-LLMPAR__COMM_ONE(all_gather, LLMPAR_CALL_ALL_GATHER)
-LLMPAR__COMM_ONE(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER)
-LLMPAR__COMM_ONE(all_reduce, LLMPAR_CALL_ALL_REDUCE)
-LLMPAR__COMM_ONE(broadcast, LLMPAR_CALL_BROADCAST)
-LLMPAR__COMM_ONE(all_to_all, LLMPAR_CALL_ALL_TO_ALL)
-LLMPAR__COMM_ONE(send, LLMPAR_CALL_SEND)
-LLMPAR__COMM_ONE(recv, LLMPAR_CALL_RECV)
-#undef LLMPAR__COMM_ONE
-
-static llmpar_status llmpar__comm_one_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return comm->collective(comm, stream, &call, (int32_t)LLMPAR_CALL_BARRIER);
-}
-
-LLMPAR_DEF void llmpar_comm_fill(llmpar_comm *comm, llmpar_status (*collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op))
-{
-    comm->collective = collective;
-    comm->barrier = llmpar__comm_one_barrier;
-    comm->all_gather = llmpar__comm_one_all_gather;
-    comm->reduce_scatter = llmpar__comm_one_reduce_scatter;
-    comm->all_reduce = llmpar__comm_one_all_reduce;
-    comm->broadcast = llmpar__comm_one_broadcast;
-    comm->all_to_all = llmpar__comm_one_all_to_all;
-    comm->send = llmpar__comm_one_send;
-    comm->recv = llmpar__comm_one_recv;
-}
-
-LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
-{
-    *out = NULL;
-    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
-    if (st) return st;
-    llmpar_collective call;
-    llmpar_call described;
-    llmpar__comm_mark mark;
-    memset(&call, 0, sizeof call);
-    call.tag = name ? name : "";
-    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
-    if (mark.id) llmpar_record_started(mark.record, mark.id);
-    const llmpar_call *before = llmpar__comm_show(comm, &described);
-    st = comm->split(comm, color, key, call.tag, out);
-    llmpar__comm_show(comm, before);
-    if (st) return st;
-    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
-    if (mark.id) llmpar_record_completed(mark.record, mark.id);
-    comm->sequence++;
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
-{
-    if (comm) comm->destroy(comm);
-}
-
-#undef LLMPAR__COMM_END
-#undef LLMPAR__COMM_CALL
-/* ==== src/tables/record.c ==== */
-/* record: descriptions, fingerprints and the ring.
-
-   ring: entry of call `id` (1, 2, ..) stands at id % 256:   | 257 | 258 | 3 | 4 | .. | 255 | 256 |      next id 259: the oldest is 3
-   A mark for an id that has been overwritten does nothing. */
-
-/* ==== src/base/text_internal.h ==== */
-/* text_internal: a text that may be longer than its buffer: it is cut there, always ends in 0, and `used` counts what the whole takes, as snprintf does. */
-
-typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
-
-/* An empty one in the caller's text[capacity]; NULL with capacity 0 only counts. */
-LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
-/* Appends like printf. */
-LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-/* Appends a JSON string, in its quotes. */
-LLMPAR__PRIVATE void llmpar__text_put_json(llmpar__text *out, const char *string);
-
-/* ---- src/tables/record.c goes on ---- */
-typedef struct llmpar__record_entry {
-    llmpar_call call;
-    uint64_t id, created_ns, started_ns, completed_ns; /* 0: not yet */
-    int32_t group;
-} llmpar__record_entry;
-
-typedef struct llmpar__record_group {
-    char axis[24];
-    int32_t ranks, same_name; /* same_name: groups before it with this axis but other members */
-    int32_t *world_rank;      /* [ranks] */
-    uint64_t collectives, messages, enqueued, started, completed; /* numbers given; the last collective's in each state */
-} llmpar__record_group;
-
-struct llmpar_record {
-    llmpar_heap *heap;
-    int32_t rank;
-    uint32_t lock;           /* atomic; of everything below */
-    uint64_t timeout_ms, last_id, changed_ns;
-    char where[48];
-    llmpar_call last;        /* completed */
-    llmpar__record_group *groups;
-    int32_t group_count, group_capacity;
-    llmpar__record_entry entry[LLMPAR_RECORD_ENTRIES];
-};
-
-/* ---- texts ---- */
-
-LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
-{
-    static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
-    return (unsigned)op < sizeof names / sizeof names[0] ? names[op] : "?";
-}
-
-static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
-
-static void llmpar__record_put_call(llmpar__text *out, const llmpar_call *call)
-{
-    llmpar__text_put(out, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
-    if (call->op == LLMPAR_CALL_NONE) return;
-    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__text_put(out, call->reduce == LLMPAR_MAX ? " max" : " sum");
-    if (call->blocks > 1) llmpar__text_put(out, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
-    else if (call->blocks) llmpar__text_put(out, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
-    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__text_put(out, " from root %d", (int)call->root);
-    if (call->op == LLMPAR_CALL_SEND) llmpar__text_put(out, " to %d", (int)call->peer);
-    if (call->op == LLMPAR_CALL_RECV) llmpar__text_put(out, " from %d", (int)call->peer);
-    llmpar__text_put(out, " \"%s\"", call->tag);
-    if (call->number) llmpar__text_put(out, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
-    else llmpar__text_put(out, " (on %s)", call->axis);
-}
-
-LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
-{
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    llmpar__record_put_call(&out, call);
-    return out.used;
-}
-
-static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
-{
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-    return hash ^ (hash >> 29);
-}
-
-LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
-{
-    uint64_t axis[3], hash = 0x243f6a8885a308d3u;
-    int message = llmpar__record_message(call), sends = call->op == LLMPAR_CALL_SEND;
-    memcpy(axis, call->axis, sizeof axis);
-    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(message ? (int32_t)LLMPAR_CALL_SEND : call->op) << 32 | (uint32_t)call->dtype);
-    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)call->reduce << 32 | (uint32_t)call->root);
-    if (message) hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(sends ? call->member : call->peer) << 32 | (uint32_t)(sends ? call->peer : call->member));
-    else hash = llmpar__record_mix(hash, call->number);
-    hash = llmpar__record_mix(hash, call->count);
-    hash = llmpar__record_mix(hash, call->blocks);
-    hash = llmpar__record_mix(hash, call->tag_bits);
-    for (int i = 0; i < 3; i++) hash = llmpar__record_mix(hash, axis[i]);
-    return hash;
-}
-
-LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
-{
-    const llmpar_call *side[2] = { a, b };
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
-    static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
-    differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
-    differ[1] = !messages && a->op != b->op;
-    differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
-    differ[3] = a->dtype != b->dtype;
-    differ[4] = a->count != b->count;
-    differ[5] = a->blocks != b->blocks;
-    differ[6] = a->root != b->root;
-    differ[7] = a->reduce != b->reduce;
-    differ[8] = a->tag_bits != b->tag_bits;
-    llmpar__text_put(&out, "the ranks of %s disagree in", a->axis);
-    for (int i = 0; i < 9; i++)
-        if (differ[i]) llmpar__text_put(&out, "%s%s", fields++ ? ", " : " ", name[i]);
-    for (int i = 0; i < 2; i++) {
-        llmpar__text_put(&out, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
-        llmpar__record_put_call(&out, side[i]);
-    }
-    return out.used;
-}
-
-/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
-static uint64_t llmpar__record_situation(const llmpar_position *p)
-{
-    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
-    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
-}
-
-LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
-{
-    enum { SITUATIONS = 24, NAMED = 12 };
-    static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
-    uint64_t seen[SITUATIONS];
-    int count = 0;
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    llmpar_position p, q;
-    for (int inside = 0; inside < 2; inside++)
-        for (int32_t i = 0; i < ranks; i++) {
-            get(user, i, &p);
-            if ((p.state == LLMPAR_POSITION_INSIDE) != inside) continue;
-            uint64_t key = llmpar__record_situation(&p);
-            int k = 0;
-            while (k < count && seen[k] != key) k++;
-            if (k < count) continue;
-            if (count == SITUATIONS) {
-                llmpar__text_put(&out, "; ...");
-                return out.used;
-            }
-            seen[count++] = key;
-            int32_t alike = 1, named = 1;
-            for (int32_t j = i + 1; j < ranks; j++) {
-                get(user, j, &q);
-                alike += llmpar__record_situation(&q) == key;
-            }
-            llmpar__text_put(&out, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
-            for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
-                get(user, j, &q);
-                if (llmpar__record_situation(&q) != key) continue;
-                llmpar__text_put(&out, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
-                named++;
-            }
-            if (named < alike) llmpar__text_put(&out, " and %d more", (int)(alike - named));
-            llmpar__text_put(&out, ": %s", states[p.state]);
-            if (p.state == LLMPAR_POSITION_INSIDE) llmpar__record_put_call(&out, &p.now);
-            llmpar__text_put(&out, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
-            if (p.last.op != LLMPAR_CALL_NONE) llmpar__record_put_call(&out, &p.last);
-        }
-    return out.used;
-}
-
-/* ---- the ring ---- */
-
-static void llmpar__record_lock(llmpar_record *record)
-{
-    while (__atomic_exchange_n(&record->lock, 1u, __ATOMIC_ACQUIRE)) sched_yield();
-}
-static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
-
-static uint64_t llmpar__record_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
-{
-    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
-    if (!record) return LLMPAR_ERR_MEMORY;
-    record->heap = heap;
-    record->rank = rank;
-    record->timeout_ms = timeout_ms;
-    record->changed_ns = llmpar__record_now();
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_record_destroy(llmpar_record *record)
-{
-    if (!record) return;
-    for (int32_t i = 0; i < record->group_count; i++) llmpar_heap_free(record->heap, record->groups[i].world_rank);
-    llmpar_heap_free(record->heap, record->groups);
-    llmpar_heap_free(record->heap, record);
-}
-
-LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank)
-{
-    size_t n = (size_t)comm->ranks, length = strlen(comm->axis);
-    char axis[sizeof record->groups->axis];
-    int32_t same_name = 0;
-    memset(axis, 0, sizeof axis);
-    memcpy(axis, comm->axis, length < sizeof axis ? length : sizeof axis - 1);
-    for (int32_t i = 0; i < record->group_count; i++) {
-        llmpar__record_group *g = &record->groups[i];
-        if (memcmp(g->axis, axis, sizeof axis)) continue;
-        if (g->ranks == comm->ranks && !memcmp(g->world_rank, world_rank, n * sizeof *world_rank)) {
-            comm->record = record;
-            comm->group = i;
-            return LLMPAR_OK;
-        }
-        same_name++;
-    }
-    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
-    llmpar__record_group *grown = NULL, *old = record->groups;
-    int32_t capacity = record->group_capacity;
-    if (members && record->group_count == capacity) {
-        capacity = capacity ? 2 * capacity : 8;
-        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
-    }
-    if (!members || (record->group_count == record->group_capacity && !grown)) {
-        llmpar_heap_free(record->heap, members);
-        return LLMPAR_ERR_MEMORY;
-    }
-    memcpy(members, world_rank, n * sizeof *members);
-    llmpar__record_lock(record);
-    if (grown) {
-        if (old) memcpy(grown, old, (size_t)record->group_count * sizeof *grown);
-        record->groups = grown;
-        record->group_capacity = capacity;
-    }
-    llmpar__record_group *g = &record->groups[record->group_count];
-    memset(g, 0, sizeof *g);
-    memcpy(g->axis, axis, sizeof axis);
-    g->ranks = comm->ranks;
-    g->same_name = same_name;
-    g->world_rank = members;
-    comm->record = record;
-    comm->group = record->group_count++;
-    llmpar__record_unlock(record);
-    if (grown) llmpar_heap_free(record->heap, old);
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call)
-{
-    uint64_t now = llmpar__record_now();
-    llmpar__record_lock(record);
-    llmpar__record_group *g = &record->groups[group];
-    uint64_t id = ++record->last_id;
-    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-    call->rank = record->rank;
-    call->number = llmpar__record_message(call) ? ++g->messages : ++g->collectives;
-    if (!llmpar__record_message(call)) g->enqueued = call->number;
-    if (call->where[0]) memcpy(record->where, call->where, sizeof record->where);
-    e->call = *call;
-    e->id = id;
-    e->created_ns = record->changed_ns = now;
-    e->started_ns = e->completed_ns = 0;
-    e->group = group;
-    llmpar__record_unlock(record);
-    return id;
-}
-
-static void llmpar__record_mark(llmpar_record *record, uint64_t id, int completed)
-{
-    uint64_t now = llmpar__record_now();
-    llmpar__record_lock(record);
-    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-    record->changed_ns = now;
-    if (e->id == id) {
-        llmpar__record_group *g = &record->groups[e->group];
-        if (completed) {
-            e->completed_ns = now;
-            record->last = e->call;
-        } else {
-            e->started_ns = now;
-        }
-        if (!llmpar__record_message(&e->call)) *(completed ? &g->completed : &g->started) = e->call.number;
-    }
-    llmpar__record_unlock(record);
-}
-
-LLMPAR_DEF void llmpar_record_started(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 0); }
-LLMPAR_DEF void llmpar_record_completed(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 1); }
-
-static uint64_t llmpar__record_oldest(const llmpar_record *record)
-{
-    return record->last_id < LLMPAR_RECORD_ENTRIES ? 1 : record->last_id - LLMPAR_RECORD_ENTRIES + 1;
-}
-
-LLMPAR_DEF void llmpar_record_position(llmpar_record *record, llmpar_position *out)
-{
-    memset(out, 0, sizeof *out);
-    llmpar__record_lock(record);
-    out->rank = record->rank;
-    out->time_ns = record->changed_ns;
-    memcpy(out->where, record->where, sizeof out->where);
-    out->last = record->last;
-    for (uint64_t id = record->last_id; id >= llmpar__record_oldest(record) && id; id--) {
-        const llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-        if (!e->started_ns || e->completed_ns) continue;
-        out->state = LLMPAR_POSITION_INSIDE;
-        out->now = e->call;
-        break;
-    }
-    llmpar__record_unlock(record);
-}
-
-/* ---- the dump ---- */
-
-static const char *llmpar__record_torch_dtype(int32_t dtype)
-{
-    switch (dtype) {
-    case LLMPAR_F32: return "Float";
-    case LLMPAR_F64: return "Double";
-    case LLMPAR_BF16: return "BFloat16";
-    case LLMPAR_F16: return "Half";
-    case LLMPAR_I32: return "Int";
-    case LLMPAR_I64: return "Long";
-    case LLMPAR_U64: return "UInt64";
-    default: return "Byte";
-    }
-}
-
-/* "tp"; the second communicator of that name with other members is "tp.1". */
-static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
-{
-    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
-    else snprintf(text, capacity, "%s", g->axis);
-}
-
-static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
-{
-    const llmpar_call *c = &e->call;
-    const llmpar__record_group *g = &record->groups[e->group];
-    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
-    uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
-    if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
-    if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
-    if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
-    llmpar__record_group_name(group, sizeof group, g);
-    llmpar_json_escape(group, strlen(group), name, sizeof name);
-    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-    llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
-    if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
-    if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
-    if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
-    if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
-    if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
-    llmpar__text_put(json, "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
-                          (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
-                          (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
-    llmpar__text_put(json, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
-                          (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
-    llmpar__text_put(json, "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
-                          "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
-                          e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
-                          llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
-}
-
-LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
-{
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    char group[48], name[320], axis[160], where[320];
-    llmpar__record_lock(record);
-    llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
-    llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
-    for (int32_t i = 0; i < record->group_count; i++) {
-        const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_group_name(group, sizeof group, g);
-        llmpar_json_escape(group, strlen(group), name, sizeof name);
-        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-        llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
-        for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
-        llmpar__text_put(&out, "]\"}");
-    }
-    llmpar__text_put(&out, "\n },\n \"pg_status\": {");
-    for (int32_t i = 0; i < record->group_count; i++) {
-        const llmpar__record_group *g = &record->groups[i];
-        llmpar__text_put(&out, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
-                              (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
-    }
-    llmpar__text_put(&out, "\n },\n \"entries\": [");
-    for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
-        llmpar__text_put(&out, id == llmpar__record_oldest(record) ? "\n" : ",\n");
-        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], &out);
-    }
-    llmpar__text_put(&out, "\n ]\n}\n");
-    llmpar__record_unlock(record);
-    return out.used;
 }
 /* ==== src/tables/halving.c ==== */
 LLMPAR_DEF int llmpar_halving_make(llmpar_heap *heap, int32_t ranks, int32_t rank, llmpar_halving *out)
@@ -28833,11 +28891,11 @@ LLMPAR__VINLINE void LLMPAR__V(far_ahead)(const void *base, int64_t i, int as) {
 
 /* The two exponentials, for x <= 0: NaN for NaN, exactly 1 for 0, +0 where the result would be below the smallest normal number (f64: under half of it and up to it). Error <= 2 ulp while the result is normal.
    x = m / ROOTS (times ln 2 in exp) + r, |r| at most half of that step. m comes from the low bits of the sum with `magic`, where the unit in the last place is 1 / ROOTS: shifted into the exponent's place and added to the bits of 2^(j / ROOTS),
-   j = m mod ROOTS, less j (LLMPAR__V(root)), they are 2^(m / ROOTS); times e^r by a polynomial. f64 has no table, a longer polynomial, and a magic with the exponent's bias in it. */
+   j = m mod ROOTS, less j (LLMPAR__V(root)), they are 2^(m / ROOTS); times e^r by a polynomial, which ends at r^2 with 32 roots (1.73 ulp: every float was tried). f64 has no table, a longer polynomial, and a magic with the exponent's bias in it. */
 #if LLMPAR__VDOUBLE
 #define LLMPAR__VMAGIC (6755399441055744.0 + 1023.0)
 #elif LLMPAR__VLANES == 16
-#define LLMPAR__VMAGIC 786432.0f /* 1.5 * 2^19: ROOTS = 16 */
+#define LLMPAR__VMAGIC 393216.0f /* 1.5 * 2^18: ROOTS = 32 */
 #else
 #define LLMPAR__VMAGIC 1572864.0f /* 1.5 * 2^20: ROOTS = 8 */
 #endif
@@ -28851,7 +28909,11 @@ LLMPAR__VINLINE void LLMPAR__V(exponential)(const int n, const int two, LLMPAR__
     static const LLMPAR__VREAL c[13] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0 };
 #else
     const LLMPAR__VREAL base = two ? 1 : 1.44269504f, high = two ? 1 : 0.693359375f, low = -2.12194440e-4f, least = two ? -126 : -87.33654f, unit = two ? 0.6931471805599453f : 1;
-    const LLMPAR__VREAL square = unit * unit * (LLMPAR__VLANES == 16 ? 0.5000162f : 0.50006479f), cube = unit * unit * unit * 0.1666823f;
+#if LLMPAR__VLANES == 16 /* e^r = 1 + r (square + cube r) */
+    const LLMPAR__VREAL square = two ? 0.693157315f : 1.00001466f, cube = two ? 0.240227476f : 0.500002027f;
+#else
+    const LLMPAR__VREAL square = unit * unit * 0.50006479f, cube = unit * unit * unit * 0.1666823f;
+#endif
 #endif
     LLMPAR__VUNROLL
     for (int i = 0; i < n; i++) {
@@ -28876,12 +28938,20 @@ LLMPAR__VINLINE void LLMPAR__V(exponential)(const int n, const int two, LLMPAR__
     LLMPAR__VUNROLL
     for (int i = 0; i < n; i++) {
         p[i] = LLMPAR__V(fma)(LLMPAR__V(splat)(cube), x[i], LLMPAR__V(splat)(square));
-        t[i] = (LLMPAR__VEC)(((LLMPAR__VBITS)t[i] << (LLMPAR__VLANES == 16 ? 19 : 20)) + LLMPAR__V(root)((LLMPAR__VBITS)t[i]));
+        t[i] = (LLMPAR__VEC)(((LLMPAR__VBITS)t[i] << (LLMPAR__VLANES == 16 ? 18 : 20)) + LLMPAR__V(root)((LLMPAR__VBITS)t[i]));
     }
     LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) p[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(unit));
+    for (int i = 0; i < n; i++) {
+        if (LLMPAR__VLANES == 16) {
+            p[i] = p[i] * x[i];
+            x[i] = t[i];
+        } else {
+            p[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(unit));
+            x[i] = t[i] * x[i];
+        }
+    }
     LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(fma_from)(given[i], LLMPAR__V(splat)(least), t[i] * x[i], p[i], t[i]);
+    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(fma_from)(given[i], LLMPAR__V(splat)(least), x[i], p[i], t[i]);
 #endif
 }
 LLMPAR__VINLINE void LLMPAR__V(exp_of)(const int n, LLMPAR__VEC *x) { LLMPAR__V(exponential)(n, 0, x); }
@@ -29885,12 +29955,13 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, in
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
         int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one, x[LLMPAR__VGROUP];
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one, factor, x[LLMPAR__VGROUP];
         if (a->targets[row] < 0) {
             if (a->v_local > 0) memset((char *)a->logits + row * a->ld * size, 0, (size_t)(a->v_local * size));
             continue;
         }
         sum = one / sum;
+        factor = sum * scale;
         if (target >= a->v_local) target = -1;
         if (target >= 0) {
             hit = LLMPAR__V(get_one)(a->logits, row * a->ld + target, 1, as) - most;
@@ -29905,7 +29976,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, in
             for (int k = 0; k < LLMPAR__VGROUP; k++) x[k] = x[k] - most;
             LLMPAR__V(exp_of)(LLMPAR__VGROUP, x);
             LLMPAR__VUNROLL
-            for (int k = 0; k < LLMPAR__VGROUP; k++) x[k] = x[k] * sum * scale;
+            for (int k = 0; k < LLMPAR__VGROUP; k++) x[k] = LLMPAR__VLANES == 16 ? x[k] * factor : x[k] * sum * scale; /* one product less where BF16 waits for arithmetic */
             LLMPAR__V(put_apart)(LLMPAR__VGROUP, x, a->logits, at, n, as);
         }
         if (target >= 0) LLMPAR__V(put_one)(a->logits, row * a->ld + target, 1, hit, as);
