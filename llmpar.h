@@ -12737,7 +12737,7 @@ LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
 }
 
 #undef LLMPAR__HEAP_ALIGN
-#undef LLMPAR__HEAP_LARGE
+#undef LLMPAR__HEAP_HUGE
 /* ==== src/base/processors.c ==== */
 #include <fcntl.h>
 #include <unistd.h>

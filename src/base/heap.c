@@ -100,4 +100,4 @@ LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
 }
 
 #undef LLMPAR__HEAP_ALIGN
-#undef LLMPAR__HEAP_LARGE
+#undef LLMPAR__HEAP_HUGE
