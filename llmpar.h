@@ -5575,7 +5575,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192, LLMPAR__GEMM_APART_M = 512 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192, LLMPAR__GEMM_APART_M = 512, LLMPAR__GEMM_APART_MOST = 16 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -5665,7 +5665,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->copies = run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT;
     run->apart = 1;
     apart = LLMPAR__GEMM_APART_M / (1 + run->copies); /* rows of a block, at most: each packs B for itself, which copying hides */
-    if (run->threads > 1 && args->m >= apart * run->threads * 3 / 2) { /* so two blocks a thread at least */
+    if (run->threads > 1 && run->threads <= LLMPAR__GEMM_APART_MOST && args->m >= apart * run->threads * 3 / 2) { /* so two blocks a thread at least; the workspace has a block for each */
         rows = llmpar_round_up((args->m + apart - 1) / apart, run->threads);
         rows = llmpar_round_up((args->m + rows - 1) / rows, run->kernel.rows);
         run->apart = run->threads;
@@ -5685,6 +5685,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->all_n = run->turned ? args->m : args->n;
     outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
     limit_n = !outlives || run->thin || few <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : few <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
+    if (outlives && limit_n * run->apart > LLMPAR__GEMM_BLOCK_N) limit_n = run->apart * LLMPAR__GEMM_LYING_STACK_N > LLMPAR__GEMM_BLOCK_N ? (int64_t)LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_BLOCK_N / run->apart; /* what lies in L3 together */
     run->block_m = llmpar__gemm_even_blocks(run->turned ? run->all_m : rows, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
@@ -11130,7 +11131,8 @@ static int llmpar__mpi_due(const llmpar_mpi_world *world, const llmpar__mpi_wait
 /* Between two looks, without the lock. */
 static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *wait)
 {
-    int looks = wait->looks++;
+    int looks = wait->looks;
+    if (looks < 2100) wait->looks++;
     if (looks < (world->crowded ? 4 : 2000)) {
         if (world->crowded || looks % 16 == 15) sched_yield();
         return;
@@ -12656,25 +12658,22 @@ typedef struct llmpar__heap_header {
 } llmpar__heap_header;
 
 #define LLMPAR__HEAP_ALIGN 64
-#define LLMPAR__HEAP_HUGE ((size_t)2 << 20) /* a huge page, on most systems */
+#define LLMPAR__HEAP_LARGE ((size_t)4 << 20)
 
-/* Large blocks ask for huge pages and begin with one: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
+/* Large blocks ask for huge pages: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
    (twice over in a virtual machine). Advice: a system without them says no, and nothing else changes. */
 static void *llmpar__heap_malloc(void *user, size_t bytes)
 {
+    void *memory = malloc(bytes);
     (void)user;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (bytes >= LLMPAR__HEAP_HUGE) {
-        void *memory = NULL;
+    if (memory && bytes >= LLMPAR__HEAP_LARGE) {
+        uintptr_t page = 65536 /* of any system a multiple of its own */, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
         int kept = errno;
-        if (!posix_memalign(&memory, LLMPAR__HEAP_HUGE, bytes)) {
-            (void)madvise(memory, bytes / 65536 * 65536 /* of any system a multiple of its own pages */, MADV_HUGEPAGE);
-            errno = kept;
-            return memory;
-        }
+        if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
     }
 #endif
-    return malloc(bytes);
+    return memory;
 }
 
 static void llmpar__heap_release(void *user, void *memory, size_t bytes)
@@ -12737,7 +12736,7 @@ LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
 }
 
 #undef LLMPAR__HEAP_ALIGN
-#undef LLMPAR__HEAP_HUGE
+#undef LLMPAR__HEAP_LARGE
 /* ==== src/base/processors.c ==== */
 #include <fcntl.h>
 #include <unistd.h>

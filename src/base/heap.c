@@ -19,25 +19,22 @@ typedef struct llmpar__heap_header {
 } llmpar__heap_header;
 
 #define LLMPAR__HEAP_ALIGN 64
-#define LLMPAR__HEAP_HUGE ((size_t)2 << 20) /* a huge page, on most systems */
+#define LLMPAR__HEAP_LARGE ((size_t)4 << 20)
 
-/* Large blocks ask for huge pages and begin with one: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
+/* Large blocks ask for huge pages: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
    (twice over in a virtual machine). Advice: a system without them says no, and nothing else changes. */
 static void *llmpar__heap_malloc(void *user, size_t bytes)
 {
+    void *memory = malloc(bytes);
     (void)user;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (bytes >= LLMPAR__HEAP_HUGE) {
-        void *memory = NULL;
+    if (memory && bytes >= LLMPAR__HEAP_LARGE) {
+        uintptr_t page = 65536 /* of any system a multiple of its own */, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
         int kept = errno;
-        if (!posix_memalign(&memory, LLMPAR__HEAP_HUGE, bytes)) {
-            (void)madvise(memory, bytes / 65536 * 65536 /* of any system a multiple of its own pages */, MADV_HUGEPAGE);
-            errno = kept;
-            return memory;
-        }
+        if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
     }
 #endif
-    return malloc(bytes);
+    return memory;
 }
 
 static void llmpar__heap_release(void *user, void *memory, size_t bytes)
@@ -100,4 +97,4 @@ LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
 }
 
 #undef LLMPAR__HEAP_ALIGN
-#undef LLMPAR__HEAP_HUGE
+#undef LLMPAR__HEAP_LARGE

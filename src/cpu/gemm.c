@@ -70,7 +70,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192, LLMPAR__GEMM_APART_M = 512 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192, LLMPAR__GEMM_APART_M = 512, LLMPAR__GEMM_APART_MOST = 16 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -160,7 +160,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->copies = run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT;
     run->apart = 1;
     apart = LLMPAR__GEMM_APART_M / (1 + run->copies); /* rows of a block, at most: each packs B for itself, which copying hides */
-    if (run->threads > 1 && args->m >= apart * run->threads * 3 / 2) { /* so two blocks a thread at least */
+    if (run->threads > 1 && run->threads <= LLMPAR__GEMM_APART_MOST && args->m >= apart * run->threads * 3 / 2) { /* so two blocks a thread at least; the workspace has a block for each */
         rows = llmpar_round_up((args->m + apart - 1) / apart, run->threads);
         rows = llmpar_round_up((args->m + rows - 1) / rows, run->kernel.rows);
         run->apart = run->threads;
@@ -180,6 +180,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->all_n = run->turned ? args->m : args->n;
     outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
     limit_n = !outlives || run->thin || few <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : few <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
+    if (outlives && limit_n * run->apart > LLMPAR__GEMM_BLOCK_N) limit_n = run->apart * LLMPAR__GEMM_LYING_STACK_N > LLMPAR__GEMM_BLOCK_N ? (int64_t)LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_BLOCK_N / run->apart; /* what lies in L3 together */
     run->block_m = llmpar__gemm_even_blocks(run->turned ? run->all_m : rows, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
