@@ -9,45 +9,37 @@
 
 static const char *const kind_names[] = { "?", "nt", "nn", "tn" };
 
-/* One product, ready to be run again and again. */
+/* One product, ready to be run again and again. Its memory is one block, in which the first huge page begins the operands: so does a trainer's, where tensors lie in one large piece. */
 typedef struct product {
     llmpar_device *device;
     llmpar_gemm_args args;
     llmpar_gemm_segment segments[64];
-    char *a, *b;
+    void *memory;
+    size_t bytes;
     double flops;
 } product;
 
-static void *need(llmpar_device *device, size_t bytes)
+static void fill(char *out, llmpar_dtype dtype, int64_t count)
 {
-    void *memory = NULL;
-    if (device->alloc(device, bytes, &memory)) { fprintf(stderr, "%s\n", device->error->text); exit(1); }
-    return memory;
-}
-
-static char *matrix(llmpar_device *device, llmpar_dtype dtype, int64_t count)
-{
-    void *memory = need(device, (size_t)count * llmpar_dtype_size(dtype));
     for (int64_t i = 0; i < count; i++) {
         float x = (float)((i * 2654435761u) % 1000) * 1e-3f - 0.5f;
-        if (dtype == LLMPAR_F32) ((float *)memory)[i] = x;
-        else ((uint16_t *)memory)[i] = dtype == LLMPAR_BF16 ? llmpar_f32_to_bf16(x) : llmpar_f32_to_f16(x);
+        if (dtype == LLMPAR_F32) ((float *)(void *)out)[i] = x;
+        else ((uint16_t *)(void *)out)[i] = dtype == LLMPAR_BF16 ? llmpar_f32_to_bf16(x) : llmpar_f32_to_f16(x);
     }
-    return (char *)memory;
 }
 
 /* The summed dim in `pieces` equal pieces. */
 static void product_begin(product *p, llmpar_device *device, llmpar_gemm_kind kind, llmpar_dtype dtype, int64_t m, int64_t n, int64_t k, int32_t pieces)
 {
+    const size_t huge = (size_t)2 << 20;
     int64_t size = (int64_t)llmpar_dtype_size(dtype);
+    size_t a_bytes = (size_t)(m * k * size + 63) / 64 * 64, b_bytes = (size_t)(n * k * size + 63) / 64 * 64, c_bytes = (size_t)(m * n * 4 + 63) / 64 * 64;
+    char *at;
     memset(p, 0, sizeof *p);
     p->device = device;
-    p->a = matrix(device, dtype, m * k);
-    p->b = matrix(device, dtype, n * k);
     p->flops = 2.0 * (double)m * (double)n * (double)k;
     p->args.m = m;
     p->args.n = n;
-    p->args.c = need(device, (size_t)(m * n) * sizeof(float));
     p->args.ldc = n;
     p->args.segments = p->segments;
     p->args.segment_count = p->args.pieces = pieces;
@@ -55,25 +47,27 @@ static void product_begin(product *p, llmpar_device *device, llmpar_gemm_kind ki
     p->args.dtype = dtype;
     for (int32_t i = 0; i < pieces; i++) {
         llmpar_gemm_segment *s = &p->segments[i];
-        int64_t first = llmpar_piece_begin(i, k, pieces);
         s->piece = i;
-        s->k = llmpar_piece_begin(i + 1, k, pieces) - first;
+        s->k = llmpar_piece_begin(i + 1, k, pieces) - llmpar_piece_begin(i, k, pieces);
         s->lda = kind == LLMPAR_GEMM_TN ? m : k;
         s->ldb = kind == LLMPAR_GEMM_NT ? k : n;
-        s->a = p->a + (kind == LLMPAR_GEMM_TN ? first * m : first) * size;
-        s->b = p->b + (kind == LLMPAR_GEMM_NT ? first : first * n) * size;
     }
     p->args.workspace_bytes = device->gemm_workspace(device, &p->args);
-    p->args.workspace = need(device, p->args.workspace_bytes);
+    p->bytes = a_bytes + b_bytes + c_bytes + p->args.workspace_bytes + 2 * huge;
+    if (device->alloc(device, p->bytes, &p->memory)) { fprintf(stderr, "%s\n", device->error->text); exit(1); }
+    at = (char *)p->memory + (huge - (uintptr_t)p->memory % huge) % huge;
+    fill(at, dtype, m * k);
+    fill(at + a_bytes, dtype, n * k);
+    p->args.c = at + a_bytes + b_bytes;
+    p->args.workspace = at + a_bytes + b_bytes + c_bytes;
+    for (int32_t i = 0; i < pieces; i++) {
+        int64_t first = llmpar_piece_begin(i, k, pieces);
+        p->segments[i].a = at + (kind == LLMPAR_GEMM_TN ? first * m : first) * size;
+        p->segments[i].b = at + a_bytes + (kind == LLMPAR_GEMM_NT ? first : first * n) * size;
+    }
 }
 
-static void product_end(product *p)
-{
-    p->device->free(p->device, p->args.workspace, p->args.workspace_bytes);
-    p->device->free(p->device, p->args.c, (size_t)(p->args.m * p->args.n) * sizeof(float));
-    p->device->free(p->device, p->a, 0);
-    p->device->free(p->device, p->b, 0);
-}
+static void product_end(product *p) { p->device->free(p->device, p->memory, p->bytes); }
 
 /* FLOPs a second. Small products are repeated until a reading lasts a millisecond. */
 static double product_rate(void *user)
