@@ -186,7 +186,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
     run->copies = run->copies && run->threads == 1 && rows >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || rows <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
-    run->asks = run->threads == 1 && run->kernel.asking[0] && !run->half.widen && args->kind == LLMPAR_GEMM_NT && !run->thin && rows <= 2 * LLMPAR__GEMM_FEW_M; /* more rows lose 1 to 3 % */
+    run->asks = run->threads == 1 && run->kernel.asking[0] && !run->half.widen && args->kind == LLMPAR_GEMM_NT && !run->thin && (run->turned || parts <= 1); /* several parts lose 1 to 2 % */
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
