@@ -11132,7 +11132,7 @@ static int llmpar__mpi_due(const llmpar_mpi_world *world, const llmpar__mpi_wait
 static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *wait)
 {
     int looks = wait->looks;
-    if (looks < 2100) wait->looks++;
+    if (looks < 2100) wait->looks++; /* no further: a wait may last for days */
     if (looks < (world->crowded ? 4 : 2000)) {
         if (world->crowded || looks % 16 == 15) sched_yield();
         return;
@@ -28890,7 +28890,7 @@ LLMPAR__VINLINE void LLMPAR__V(far_ahead)(const void *base, int64_t i, int as) {
 
 /* The two exponentials, for x <= 0: NaN for NaN, exactly 1 for 0, +0 where the result would be below the smallest normal number (f64: under half of it and up to it). Error <= 2 ulp while the result is normal.
    x = m / ROOTS (times ln 2 in exp) + r, |r| at most half of that step. m comes from the low bits of the sum with `magic`, where the unit in the last place is 1 / ROOTS: shifted into the exponent's place and added to the bits of 2^(j / ROOTS),
-   j = m mod ROOTS, less j (LLMPAR__V(root)), they are 2^(m / ROOTS); times e^r by a polynomial, which ends at r^2 with 32 roots (1.73 ulp: every float was tried). f64 has no table, a longer polynomial, and a magic with the exponent's bias in it. */
+   j = m mod ROOTS, less j (LLMPAR__V(root)), they are 2^(m / ROOTS); times e^r by a polynomial, which ends at r^2 with 32 roots (below 1.8 ulp: every float was tried). f64 has no table, a longer polynomial, and a magic with the exponent's bias in it. */
 #if LLMPAR__VDOUBLE
 #define LLMPAR__VMAGIC (6755399441055744.0 + 1023.0)
 #elif LLMPAR__VLANES == 16

@@ -45,7 +45,7 @@ static int llmpar__mpi_due(const llmpar_mpi_world *world, const llmpar__mpi_wait
 static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *wait)
 {
     int looks = wait->looks;
-    if (looks < 2100) wait->looks++;
+    if (looks < 2100) wait->looks++; /* no further: a wait may last for days */
     if (looks < (world->crowded ? 4 : 2000)) {
         if (world->crowded || looks % 16 == 15) sched_yield();
         return;
