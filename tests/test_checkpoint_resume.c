@@ -344,6 +344,9 @@ static llmpar_status slow_steps(cp_run *run, llmpar_ctx *ctx, llmpar_trainer *tr
     llmpar_status status = llmpar_trainer_checkpoint(trainer); /* of step 2 */
     for (int i = 0; i < 3 && !status; i++) status = llmpar_trainer_step(trainer, &step);
     if (!status && step.step != 5) TEST_FAIL("step %lld", (long long)step.step);
+    /* Three small steps may be over before the thread that writes has begun. */
+    struct timespec nap = {0, 1000000};
+    for (int i = 0; i < 30000 && !__atomic_load_n(&slow->waited, __ATOMIC_RELAXED); i++) nanosleep(&nap, NULL);
     if (cp_exists(cp_path("slow/step-2")) || !cp_exists(cp_path("slow/step-2.tmp"))) TEST_FAIL("committed before it was written");
     __atomic_store_n(&slow->open, 1, __ATOMIC_RELEASE);
     if (!status) status = llmpar_trainer_finish(trainer);
