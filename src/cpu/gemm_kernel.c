@@ -86,7 +86,7 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 
 #endif
 
-/* Sixteen rows at a time, a line of out, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
+/* Sixteen rows at a time, a line of out, or eight, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
 LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
     int64_t i = 0, j;
@@ -96,7 +96,7 @@ LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int
         int64_t r;
         const float *at = in + i * ld;
         float *to = out + i;
-        step = rows - i < 8 ? 4 : rows - i < 16 ? 8 : 16;
+        step = rows - i < 8 ? 4 : rows - i < 16 || ld % 1024 == 0 ? 8 : 16; /* of lines that lie multiples of 4 KB apart, 32 KB of cache hold eight */
         if (step >= 8)
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
                 llmpar__gemm_transpose_8(at, ld, to, ld_out);
@@ -174,14 +174,14 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
         float *out = packing->out + panel * packing->distance;
         int64_t valid = packing->valid - panel * width;
         i = 0;
-        if (valid >= width && packing->transposed) {
-            for (; i + 8 <= pairs; i += 8)
-                for (r = 0; r < width; r += 8) { /* 8 rows of 8 pairs */
+        if (valid >= width && packing->transposed)
+            for (r = 0; r < width; r += 8) /* eight rows to their end, as above */
+                for (i = 0; i + 8 <= pairs; i += 8) {
                     const uint16_t *at = rows + r * ld + 2 * i;
-                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
-                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
                     int j;
                     for (j = 0; j < 8; j++) __builtin_prefetch(at + j * ld + 128);
+                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
+                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
                     LLMPAR__GEMM_STORE_PAIRS(out, i, _mm256_unpacklo_epi64(y0, y1));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 1, _mm256_unpackhi_epi64(y0, y1));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 2, _mm256_unpacklo_epi64(y2, y3));
@@ -194,7 +194,7 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
                 }
-        } else if (valid >= width) {
+        else if (valid >= width) {
             for (; i < pairs; i++)
                 for (r = 0; r < width; r += 8) {
                     const uint16_t *at = rows + 2 * i * ld + r;
