@@ -78,8 +78,8 @@ llmpar DOES NOT
       failure report, and over MPI the place where messages to a failed rank are dropped.)
     - run under -ffast-math or -Ofast: equal bits need the order of sums that the source has. Contraction of a*b+c is
       switched off for this header alone; your own code keeps its flags.
-    - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever
-      needs more brings a device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
+    - use GPUs by itself: llmpar_cuda.h and llmpar_nccl.h do (docs/gpu.md). For anything else bring a device table
+      (llmpar_device) or a communicator table (llmpar_comm) of your own.
     - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces, and
       gradients that travel in less than f32 (reduce_dtype), are deterministic, and refused under `exact = require`.
 
