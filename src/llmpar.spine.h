@@ -52,12 +52,11 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_STATIC           every function is static: the library is private to this file (with LLMPAR_NO_... gcc's
                             -Wunused-function then names the functions that are left out)
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
-                            (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
-    LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
-                            vector width; define it if you rename the file
+                            (everywhere alike, e.g. __attribute__((visibility("default"))))
+    LLMPAR_HEADER           the file's name, where you renamed it (default "llmpar.h"): it includes itself for each vector width
     LLMPAR_USE_MPI          adds ranks that are MPI processes, on one machine or many: compile this file with mpicc, start the program with
-                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks, with the same bits. Nothing else changes;
-                            declarations need no mpi.h. Without mpirun the ranks are threads as before
+                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks. Declarations need no mpi.h.
+                            Without mpirun the ranks are threads as before
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
