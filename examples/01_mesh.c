@@ -113,7 +113,7 @@ static llmpar_status draw_tensor(llmpar_ctx *ctx, const llmpar_dtensor *w, const
     int fine = file && fwrite(text, 1, bytes, file) == bytes;
     if (file && fclose(file)) fine = 0;
     free(text);
-    return fine ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_IO, "01_mesh: cannot write %s", path);
+    return fine ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_IO, "%s: cannot write: %s", path, strerror(errno));
 }
 
 /* Every rank runs this. */

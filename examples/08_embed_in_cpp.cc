@@ -351,8 +351,12 @@ llmpar_status rank_main(llmpar_ctx *ctx, void *user)
 
 } // namespace with_fsdp
 
-int main()
+int main(int argc, char **)
 {
+    if (argc > 1) {
+        std::fprintf(stderr, "08_embed_in_cpp has no options; what it shows stands at the top of examples/08_embed_in_cpp.cc\n");
+        return 2;
+    }
     const std::vector<double> before = old_code::train();
     with_fsdp::Job jobs[3];
     int failed = 0;

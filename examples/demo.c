@@ -100,7 +100,7 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     desc.batch = BATCH;
     desc.lr = 5e-3;
     desc.optim.beta2 = 0.99;
-    desc.warmup = 50;
+    desc.warmup = d->steps < 500 ? d->steps / 10 : 50;
     desc.total_steps = d->steps;
     desc.prefetch = 1;
     desc.exact = LLMPAR_EXACT_REQUIRE;
@@ -216,7 +216,10 @@ int main(int argc, char **argv)
         case 'd': run.data = optarg; break;
         case 'o': run.out = optarg; break;
         case 'n': bad = option_long("--steps", optarg, PROOF_STEPS, 1000000, &run.steps); break;
-        case 'h': puts("usage: demo [--data TEXT] [--out DIR] [--steps N]"); return 0;
+        case 'h': puts("usage: demo [--data TEXT] [--out DIR] [--steps N]\n"
+                       "  --data TEXT   its bytes are learned (default llmpar.h)\n"
+                       "  --out DIR     the trained model goes there, what is compared to DIR-step10-* (default build/demo-out)\n"
+                       "  --steps N     (default 1300: two minutes of one core)"); return 0;
         default: bad = 2;
         }
     }
@@ -224,6 +227,12 @@ int main(int argc, char **argv)
     if (bad) return 2;
     snprintf(mesh_dir, sizeof mesh_dir, "%s-step%d-2x2", run.out, PROOF_STEPS);
     snprintf(one_dir, sizeof one_dir, "%s-step%d-1rank", run.out, PROOF_STEPS);
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    if (llmpar_directory_ensure(NULL, run.out, &error)) { /* better found before training than after */
+        fprintf(stderr, "demo: --out: %s\n", error.text);
+        return 1;
+    }
     llmpar_llama_config config;
     shape(&config);
     run.dp_shard = run.tp = 2;

@@ -40,17 +40,15 @@ static void usage(void)
          "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
          "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
          "  --dtype f32|f64|bf16|f16   of parameters and activations (default f32)\n"
-         "  --ids               print prompt and generated ids on one line instead of text\n"
+         "  --ids               print prompt and generated ids on one line instead of text (always where the vocabulary is not 256), all --tokens of them\n"
          DEVICE_USAGE
          "  --help");
 }
 
-/* Ends at an eos id of the config in text mode; with --ids exactly --tokens ids are wanted. */
 static llmpar_status on_token(void *user, int32_t id)
 {
-    const settings *s = (const settings *)user;
-    if (s->print_ids) return LLMPAR_OK;
-    putchar(id < 256 ? id : '?');
+    (void)user;
+    putchar(id);
     fflush(stdout);
     return LLMPAR_OK;
 }
@@ -71,6 +69,7 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     memset(&model_desc, 0, sizeof model_desc);
     memset(&trainer_desc, 0, sizeof trainer_desc);
     memset(&desc, 0, sizeof desc);
+    memset(&config, 0, sizeof config);
     mesh_desc.tp = (int32_t)s->tp;
     model_desc.config = &config;
     trainer_desc.dtype = s->dtype;
@@ -90,12 +89,12 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     desc.temperature = s->temperature;
     desc.top_p = s->top_p;
     desc.seed = s->seed;
-    desc.stop_at_eos = !s->print_ids;
-    desc.user = (void *)s;
-    if (ctx->rank == 0) desc.on_token = on_token;
-    if (!status && ctx->rank == 0 && s->prompt && !s->print_ids) printf("%s", s->prompt);
+    desc.stop_at_eos = !s->print_ids; /* with --ids exactly --tokens ids are wanted */
+    int as_ids = s->print_ids || config.vocab != 256;
+    if (ctx->rank == 0 && !as_ids) desc.on_token = on_token;
+    if (!status && ctx->rank == 0 && s->prompt && !as_ids) printf("%s", s->prompt);
     if (!status) status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, ids, &count);
-    if (!status && ctx->rank == 0 && s->print_ids)
+    if (!status && ctx->rank == 0 && as_ids)
         for (int32_t i = 0; i < s->prompt_count + count; i++) printf("%s%d", i ? " " : "", (int)(i < s->prompt_count ? s->ids[i] : ids[i - s->prompt_count]));
     if (!status && ctx->rank == 0) printf("\n");
     free(ids);
@@ -162,6 +161,7 @@ int main(int argc, char **argv)
     if (!bad && !s.model) bad = option_error("--model is missing, see --help");
     if (!bad && !s.prompt == !s.prompt_ids) bad = option_error("expected exactly one of --prompt and --prompt-ids, see --help");
     if (!bad) bad = device_options_check(&s.device, "generate");
+    if (!bad) bad = option_processes("generate");
     if (!bad) bad = read_prompt(&s);
     if (bad) {
         free(s.ids);

@@ -162,6 +162,8 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     }
     desc.log_every = (int32_t)s->log_every;
     llmpar_status status = from_directory ? llmpar_hf_config(ctx, s->model, &config) : LLMPAR_OK;
+    if (!status && from_directory && config.vocab > 256 && !ctx->rank)
+        fprintf(stderr, "warning: the text's bytes are the tokens, 0 .. 255, but %s has a vocabulary of %d: its own tokenizer is not read\n", s->model, (int)config.vocab);
     if (!status) status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
     if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
     llmpar_memory memory;
@@ -273,6 +275,7 @@ int main(int argc, char **argv)
         llmpar_error_clear(&unknown);
         if (llmpar_llama_preset(s.model, &preset, &unknown)) bad = option_error("--model: no directory of that name; %s", unknown.text);
     }
+    if (!bad) bad = option_processes("train_llama");
     if (bad) return 2;
     if (s.warmup < 0) s.warmup = s.policy.lr_schedule == LLMPAR_LR_ONE_CYCLE ? 0 : s.steps / 10;
     llmpar_launch_desc launch;

@@ -29,7 +29,7 @@ DO THIS
             llmpar_mesh *mesh = NULL; llmpar_llama *model = NULL; llmpar_trainer *t = NULL; llmpar_step s;
             llmpar_status st = llmpar_mesh_create(ctx, &(llmpar_mesh_desc){ .dp_shard = 2, .tp = 2 }, &mesh);
             if (!st) st = llmpar_llama_create(ctx, &(llmpar_llama_desc){ .preset = "tiny", .seed = 1 }, &model);
-            if (!st) st = llmpar_parallelize(mesh, model, &(llmpar_trainer_desc){ .data = (const char *)user, .seq_len = 256, .batch = 8, .lr = 1e-3 }, &t);
+            if (!st) st = llmpar_parallelize(mesh, model, &(llmpar_trainer_desc){ .data = user, .seq_len = 256, .batch = 8, .lr = 1e-3 }, &t);
             for (int i = 0; !st && i < 200; i++) st = llmpar_trainer_step(t, &s);
             if (!st) st = llmpar_save_hf(t, "out");                          // transformers loads this
             llmpar_trainer_destroy(t); llmpar_llama_destroy(model); llmpar_mesh_destroy(mesh);   // NULL is fine
@@ -39,7 +39,7 @@ DO THIS
         int main(void)
         {
             llmpar_error err;
-            if (llmpar_launch(&(llmpar_launch_desc){ .ranks = 4 }, train, (void *)"input.txt", &err)) { fprintf(stderr, "%s\n", err.text); return 1; }
+            if (llmpar_launch(&(llmpar_launch_desc){ .ranks = 4 }, train, "input.txt", &err)) { fprintf(stderr, "%s\n", err.text); return 1; }
             return 0;
         }
 
@@ -52,18 +52,17 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_STATIC           every function is static: the library is private to this file (with LLMPAR_NO_... gcc's
                             -Wunused-function then names the functions that are left out)
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
-                            (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
-    LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
-                            vector width; define it if you rename the file
+                            (everywhere alike, e.g. __attribute__((visibility("default"))))
+    LLMPAR_HEADER           the file's name, if renamed (default "llmpar.h"): it includes itself once a vector width
     LLMPAR_USE_MPI          adds ranks that are MPI processes, on one machine or many: compile this file with mpicc, start the program with
-                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks, with the same bits. Nothing else changes;
-                            declarations need no mpi.h. Without mpirun the ranks are threads as before
+                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks. Declarations need no mpi.h.
+                            Without mpirun the ranks are threads as before
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
-    LLMPAR_NO_TEXT          ... of tokenizer and token data
+    LLMPAR_NO_TEXT          ... of token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
     LLMPAR_NO_SIM           ... of the device that only counts: no plan of memory, so memory_limit is refused
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
-                            (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
+                            (never a declaration: a call of what is left out fails to link)
 
     Environment: LLMPAR_CPU=portable|avx2|avx512|avx512bf16 forces a dispatch level. Bits may differ between levels, never between
     meshes of one level.
@@ -73,13 +72,12 @@ llmpar DOES NOT
     - print, exit or abort: every fallible call returns llmpar_status, and the text of the error names rank, mesh
       coordinate, tensor, expected and got. (llmpar_launch and the trainer write to callbacks; their default is
       stderr and stdout.)
-    - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator. (Two exceptions
-      are malloc's, because they outlive a rank or belong to another thread: records that llmpar_launch keeps for a
-      failure report, and over MPI the place where messages to a failed rank are dropped.)
+    - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator. (Two are
+      malloc's, as they outlive a rank: records for a failure report, and over MPI where messages to a failed rank go.)
     - run under -ffast-math or -Ofast: equal bits need the order of sums that the source has. Contraction of a*b+c is
       switched off for this header alone; your own code keeps its flags.
-    - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever
-      needs more brings a device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
+    - use GPUs by itself: llmpar_cuda.h and llmpar_nccl.h do (docs/gpu.md). For anything else bring a device table
+      (llmpar_device) or a communicator table (llmpar_comm) of your own.
     - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces, and
       gradients that travel in less than f32 (reduce_dtype), are deterministic, and refused under `exact = require`.
 

@@ -225,6 +225,8 @@ train 1 'nowhere: no checkpoint: neither manifest.json nor latest is there' --re
 train 1 'c/step-3/manifest.json: cannot open: No such file or directory' --checkpoint c --resume step-3
 row 2 '--model is missing' "$programs/train_llama" --data "$files/text" --save save
 row 2 '--data is missing' "$programs/train_llama" --model tiny --save save
+row 2 'OMPI_COMM_WORLD_SIZE = 2, but this program was built without MPI: expected build/train_llama_mpi' env OMPI_COMM_WORLD_SIZE=2 "$programs/train_llama" --model tiny --data "$files/text" --save save
+row 2 'PMI_SIZE = 4, but this program was built without MPI: expected build/generate_mpi' env PMI_SIZE=4 "$programs/generate" --model "$files/good" --prompt-ids 1
 row 1 'LLMPAR_CPU "abacus" is not a dispatch level' env LLMPAR_CPU=abacus "$programs/train_llama" --model tiny --data "$files/text" --save save
 
 generate 2 '--tokens "0": expected a whole number 1 ..' --prompt-ids 1 --tokens 0
@@ -494,7 +496,7 @@ convert 2 '--dtype "int8": expected one of f32, f64, bf16, f16' --in "$files/goo
 convert 2 '--shard "0": expected bytes 1 ..' --in "$files/good" --shard 0
 convert 2 'unexpected argument "more"' --in "$files/good" more
 convert 1 "$files/no: cannot open: No such file" --in "$files/no"
-convert 1 "$files/text: dim = " --in "$files/text"
+convert 1 "$files/text: dim = *: no llama2.c model" --in "$files/text"
 convert 1 "$files/short: the file has 5 bytes, expected a header of 28" --in "$files/short"
 { u64 1; u64 1; u64 1; u64 1; } >"$files/model.bin"
 convert 1 "$files/model.bin: hidden_dim = 0, expected 1 or more (byte 4)" --in "$files/model.bin"

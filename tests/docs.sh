@@ -91,7 +91,7 @@ done
 # ---- links and pictures ----
 slugs() { sed -n 's/^##* *//p' "$1" | tr 'A-Z' 'a-z' | sed 's/[^a-z0-9 _-]//g; s/ /-/g'; }
 before=$passed
-for file in README.md CHANGELOG.md docs/*.md; do
+for file in README.md CHANGELOG.md docs/*.md bench/*.md; do
     folder=$(dirname "$file")
     for link in $(awk '/^```/ { on = !on } !on' "$file" | grep -o '](\([^) ]*\))' | sed 's/^](//; s/)$//'); do
         case $link in http://* | https://*) continue ;; esac

@@ -174,8 +174,8 @@ static const struct { const char *find, *replace, *text; llmpar_status status; }
     { "\"count\":896},\n {\"file\":1,\"offset\":[0,0],\"shape\":[67,24],\"begin\":896,\"count\":712", "\"count\":896},\n {\"file\":1,\"offset\":[0,0],\"shape\":[60,24],\"begin\":896,\"count\":544", "its parts have 1440 elements, expected 1608", LLMPAR_OK },
     { NORM ",\n", "", "model.layers.0.input_layernorm.weight is missing", LLMPAR_ERR_SHAPE },
     { "input_layernorm", "another_layernorm", "model.layers.0.input_layernorm.weight is missing", LLMPAR_ERR_SHAPE },
-    { "\"shape\":[24],\"parts\":[\n {\"file\":0,\"offset\":[0],\"shape\":[24]", "\"shape\":[24,1],\"parts\":[\n {\"file\":0,\"offset\":[0,0],\"shape\":[24,1]", "param/model.layers.0.input_layernorm.weight has another shape than here", LLMPAR_ERR_SHAPE },
-    { "\"shape\":[32,24],\"parts\":[\n {\"file\":0,\"offset\":[0,0],\"shape\":[32,24]", "\"shape\":[24,32],\"parts\":[\n {\"file\":0,\"offset\":[0,0],\"shape\":[24,32]", "has another shape than here", LLMPAR_ERR_SHAPE },
+    { "\"shape\":[24],\"parts\":[\n {\"file\":0,\"offset\":[0],\"shape\":[24]", "\"shape\":[24,1],\"parts\":[\n {\"file\":0,\"offset\":[0,0],\"shape\":[24,1]", "param/model.layers.0.input_layernorm.weight: 24 in dim 0 of 2, expected 24 in dim 0 of 1", LLMPAR_ERR_SHAPE },
+    { "\"shape\":[32,24],\"parts\":[\n {\"file\":0,\"offset\":[0,0],\"shape\":[32,24]", "\"shape\":[24,32],\"parts\":[\n {\"file\":0,\"offset\":[0,0],\"shape\":[24,32]", ": 24 in dim 0 of 2, expected 32 in dim 0 of 2", LLMPAR_ERR_SHAPE },
 };
 
 TEST(a_manifest_that_lies)

@@ -419,5 +419,35 @@ TEST(no_descs)
     CHECK_OK(llmpar_launch(&desc, without_descs, NULL, NULL));
 }
 
+/* Who goes on with what could not be made hears of the first error, whatever is called then. */
+static llmpar_status unchecked(llmpar_ctx *ctx, void *user)
+{
+    llmpar_mesh_desc mesh_desc = { .tp = 3 };
+    llmpar_llama_desc model_desc = { .preset = "tiny" };
+    llmpar_trainer_desc trainer_desc = { .seq_len = 8 };
+    llmpar_mesh *mesh = NULL;
+    llmpar_llama *model = NULL;
+    llmpar_trainer *trainer = (llmpar_trainer *)ctx;
+    (void)user;
+    CHECK_STATUS(llmpar_mesh_create(ctx, &mesh_desc, &mesh), LLMPAR_ERR_MESH);
+    CHECK_OK(llmpar_llama_create(ctx, &model_desc, &model));
+    CHECK_STATUS(llmpar_parallelize(mesh, model, &trainer_desc, &trainer), LLMPAR_ERR_ARGUMENT);
+    CHECK(!trainer);
+    CHECK_STATUS(llmpar_load_hf(trainer, "nowhere"), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_save_hf(trainer, "nowhere"), LLMPAR_ERR_ARGUMENT);
+    llmpar_status status = llmpar_trainer_step(trainer, NULL);
+    llmpar_trainer_destroy(trainer);
+    llmpar_llama_destroy(model);
+    llmpar_mesh_destroy(mesh);
+    return status;
+}
+TEST(unchecked_failures)
+{
+    llmpar_launch_desc desc = { .ranks = 2, .check = test_no_leak };
+    llmpar_error error;
+    CHECK(llmpar_launch(&desc, unchecked, NULL, &error) != LLMPAR_OK);
+    CHECK_TEXT(error.text, "tp 3 = 3 ranks, but the world has 2");
+}
+
 /* threads_and_places first: what it calls the processors of this thread no launch has touched. */
-TEST_LIST(T_(threads_and_places), T_(no_descs), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
+TEST_LIST(T_(threads_and_places), T_(no_descs), T_(unchecked_failures), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))

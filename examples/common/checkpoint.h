@@ -16,7 +16,8 @@ enum { CHECKPOINT_OPTION = 257 };
     "  --keep K            keep the newest K, remove older ones (default: keep all)\n" \
     "  --checkpoint-background on|off   files are written while the next steps run (default off)\n" \
     "  --resume auto|step-N|DIR   go on from the newest whole checkpoint (auto: from the beginning where there is none yet),\n" \
-    "                      from DIR's step-N of --checkpoint, or from another directory; on any mesh; --steps counts from 0\n"
+    "                      from DIR's step-N of --checkpoint, or from another directory; on any mesh; --steps counts from 0 and\n" \
+    "                      shapes the learning rate, as --lr, --warmup and --schedule do: say the same for the same run\n"
 
 /* One option. 0, or 2 with the line printed. */
 __attribute__((unused)) static int checkpoint_option(const char *option, const char *text, llmpar_trainer_desc *d)

@@ -64,7 +64,7 @@ static llmpar_status llama2c_header(llmpar_llama2c *f, llmpar_error *error)
         if (field[i] <= 0 && (i != 5 || field[i] == 0 || field[i] == INT32_MIN))
             return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %s = %d, expected %s (byte %d): no llama2.c model of the legacy format", f->path, names[i], (int)field[i], i == 5 ? "another number than 0" : "1 or more", 4 * i);
     }
-    if (field[0] % field[3]) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: dim = %d is not divisible by n_heads = %d (byte 0)", f->path, (int)field[0], (int)field[3]);
+    if (field[0] % field[3]) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: dim = %d is not divisible by n_heads = %d (byte 0): no llama2.c model of the legacy format", f->path, (int)field[0], (int)field[3]);
     c->hidden = field[0];
     c->intermediate = field[1];
     c->layers = field[2];

@@ -66,6 +66,29 @@ __attribute__((unused)) static int option_word(const char *name, const char *tex
     return option_error("%s \"%s\": expected one of %s", name, text, list);
 }
 
+/* For programs without options: -1 to go on, else the exit code, with one line printed. */
+__attribute__((unused)) static int option_none(int argc, char **argv, const char *program)
+{
+    if (argc < 2) return -1;
+    if (strcmp(argv[1], "--help")) return option_error("%s \"%s\": expected no arguments, see --help", program, argv[1]);
+    printf("usage: %s\nNo options; what it shows stands at the top of its source in examples/.\n", program);
+    return 0;
+}
+
+/* mpirun with a program that knows nothing of MPI: each process would do the whole job, and all of them would write the same files. */
+__attribute__((unused)) static int option_processes(const char *program)
+{
+#if !defined(LLMPAR_USE_MPI) && !defined(LLMPAR_USE_NCCL)
+    static const char *const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        const char *size = getenv(names[i]);
+        if (size && atoi(size) > 1) return option_error("%s: %s = %s, but this program was built without MPI: expected build/%s_mpi (make build/%s_mpi), or one process", program, names[i], size, program, program);
+    }
+#endif
+    (void)program;
+    return 0;
+}
+
 #ifdef LLMPAR_H
 /* The root error is printed once, by main. Rank threads stay quiet, but for what each has to say when ranks disagree or one stays away. */
 __attribute__((unused)) static void quiet_log(void *user, int rank, llmpar_log_level level, const char *line)

@@ -41,7 +41,7 @@
 #define LLMPAR__VERSION_TEXT(major, minor, patch) LLMPAR__TEXT(major) "." LLMPAR__TEXT(minor) "." LLMPAR__TEXT(patch)
 #define LLMPAR__TEXT(x) #x
 
-/* Linkage. LLMPAR_API may be defined by the user (dllexport, visibility). LLMPAR_STATIC makes every public
+/* Linkage. LLMPAR_API may be defined by the user (visibility). LLMPAR_STATIC makes every public
    function static. LLMPAR__PRIVATE marks functions shared between modules but not with users: static in the
    generated header, extern when the modules are built one by one (LLMPAR__SEPARATE). */
 #ifndef LLMPAR_API

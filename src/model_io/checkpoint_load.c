@@ -139,10 +139,11 @@ static llmpar_status llmpar__load_match(llmpar__load *load)
             int32_t arrays = llmpar__arrays(load->fsdp, load->states ? load->optim : NULL, u, p, array);
             for (int32_t a = 0; a < arrays && !status; a++) {
                 llmpar__manifest_tensor *tensor = llmpar__load_take(load, name, array[a].kind, &hint);
-                int same = tensor && tensor->dims == array[a].dims;
-                for (int32_t d = 0; same && d < tensor->dims; d++) same = tensor->shape[d] == array[a].shape[d];
+                int32_t dims = array[a].dims, d = 0;
+                while (tensor && tensor->dims == dims && d < dims && tensor->shape[d] == array[a].shape[d]) d++;
                 if (!tensor) status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s is missing", load->path, llmpar__array_name(array[a].kind), name);
-                else if (!same) status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s has another shape than here", load->path, llmpar__array_name(array[a].kind), name);
+                else if (d < dims || tensor->dims != dims)
+                    status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s: %lld in dim %d of %d, expected %lld in dim %d of %d", load->path, llmpar__array_name(array[a].kind), name, (long long)tensor->shape[d], (int)d, (int)tensor->dims, (long long)array[a].shape[d], (int)d, (int)dims);
                 else tensor->kinds &= ~(1u << array[a].kind);
             }
         }

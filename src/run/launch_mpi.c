@@ -70,7 +70,7 @@ static llmpar_status llmpar__launch_local_mpi(llmpar_ctx *ctx)
 static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_rank_fn fn, void *user)
 {
     if (desc->ranks && desc->ranks != ctx->world)
-        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d, or another mesh)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
     if (desc->lockstep && ctx->world > 1) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for MPI processes");
     if (desc->pin == LLMPAR_PIN_ON) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; MPI processes are bound by mpirun (--bind-to core)");
     if (desc->threads > 1 && !llmpar_mpi_world_serialized(world))

@@ -110,6 +110,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     llmpar_run run;
     memset(&step, 0, sizeof step);
     memset(&run, 0, sizeof run);
+    if (!t) return LLMPAR_ERR_ARGUMENT;
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
     if (status) return status;
