@@ -156,17 +156,7 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
     return st;
 }
 
-/* The own parts of an exchange: what a rank has to do anyway is done while it would wait for the others' headers. */
-static llmpar_status llmpar__mpi_keep(const void *arg)
-{
-    const llmpar__mpi_job *job = (const llmpar__mpi_job *)arg;
-    size_t n = (size_t)job->tc->comm.ranks, r = (size_t)job->tc->comm.rank, part = (size_t)job->call.count * llmpar_dtype_size((llmpar_dtype)job->call.dtype);
-    llmpar_status st = LLMPAR_OK;
-    for (size_t b = 0; b < job->call.blocks && !st; b++) st = llmpar__mpi_copy(job->tc, (char *)job->recv + (b * n + r) * part, (const char *)job->send + (job->call.op == LLMPAR_CALL_ALL_TO_ALL ? b * n + r : b) * part, part);
-    return st;
-}
-
-/* Parts that go from rank to rank: part i of the receiver comes from rank i; own parts have their place. Receives and sends take turns, and all ranks are of one
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts are copied while those of the others are under way. Receives and sends take turns, and all ranks are of one
    size: so the rank that is furthest behind never waits for a message that is not yet on its way, however few may be under way. */
 static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
 {
@@ -183,6 +173,7 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
             }
         }
     }
+    for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + (all_to_all ? b * n + r : b) * part, part);
     return st ? st : llmpar__mpi_complete(tc, call);
 }
 
@@ -309,7 +300,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
     } else {
         if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_TO_ALL) bytes *= n;
         int small = llmpar__mpi_is_small(tc, bytes), silent = call->op == LLMPAR_CALL_BROADCAST && call->root != tc->comm.rank;
-        st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0, !small && (call->op == LLMPAR_CALL_ALL_GATHER || call->op == LLMPAR_CALL_ALL_TO_ALL) ? llmpar__mpi_keep : NULL, job);
+        st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
     if (st && tc->world->posted) return llmpar__mpi_abandon(tc, call, st); /* the device's */
@@ -413,7 +404,7 @@ static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t colo
     place[r].color = color;
     place[r].key = key;
     place[r].next_context = world->next_context;
-    llmpar_status st = llmpar__mpi_meet(tc, &call, NULL, 0, NULL, NULL);
+    llmpar_status st = llmpar__mpi_meet(tc, &call, NULL, 0);
     if (!st) st = llmpar__mpi_exchange(tc, &call, 1, (const char *)&place[r], (char *)place, sizeof *place, 0);
     if (st) return st;
     uint64_t context = 0;

@@ -127,10 +127,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpa
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call);
 /* After a failure `st` of this rank's own with messages under way: tells the job and ends them. Returns st. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st);
-/* All members come to the same call, or all report both sides and nothing has moved between ranks. Up to desc.direct members: member i's payload is then in inbox[i], this rank's own too. More: bytes is 0.
-   meanwhile: NULL, or work that is done while the others' headers are on their way. */
-typedef llmpar_status llmpar__mpi_meanwhile(const void *arg);
-LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes, llmpar__mpi_meanwhile *meanwhile, const void *arg);
+/* All members come to the same call, or all report both sides and nothing has moved. Up to desc.direct members: member i's payload is then in inbox[i], this rank's own too. More: bytes is 0. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
 /* Both ends of a message meet; the sender's payload is then in inbox[0] of the receiver. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first. Returns status. */

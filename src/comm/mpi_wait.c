@@ -300,7 +300,7 @@ static void llmpar__mpi_pack(llmpar__mpi_comm *tc, const llmpar_call *call, cons
 }
 
 /* Each tells each. inbox[i] is member i's, this rank's own included. */
-static llmpar_status llmpar__mpi_meet_direct(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes, llmpar__mpi_meanwhile *meanwhile, const void *arg)
+static llmpar_status llmpar__mpi_meet_direct(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
 {
     llmpar_mpi_world *world = tc->world;
     int32_t n = tc->comm.ranks, r = tc->comm.rank;
@@ -310,7 +310,6 @@ static llmpar_status llmpar__mpi_meet_direct(llmpar__mpi_comm *tc, const llmpar_
     for (int32_t i = 0; i < 2 * n; i++) world->meeting[i] = MPI_REQUEST_NULL;
     world->met = n;
     for (int32_t k = 1; k < n && !st; k++) st = llmpar__mpi_post_header(tc, call, (r + k) % n, n, (r + k) % n, (r + k) % n);
-    if (!st && meanwhile && (st = meanwhile(arg)) != LLMPAR_OK) llmpar__mpi_settle(tc, call, st, world->meeting, NULL, 2 * n);
     if (!st) st = llmpar__mpi_await(tc, call, n);
     for (int32_t i = 1; i < n && !st && !tc->comm.unchecked; i++)
         if (world->inbox[0].fingerprint != world->inbox[i].fingerprint) st = llmpar__mpi_failed(tc, llmpar__mpi_mismatch(tc, &world->inbox[0].call, &world->inbox[i].call));
@@ -352,14 +351,12 @@ static llmpar_status llmpar__mpi_meet_rounds(llmpar__mpi_comm *tc, const llmpar_
     return LLMPAR_OK;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes, llmpar__mpi_meanwhile *meanwhile, const void *arg)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
 {
     llmpar_status st = llmpar__mpi_check(tc, call);
     tc->world->met = 0;
     if (st) return st;
-    if (tc->comm.ranks <= tc->world->desc.direct) return llmpar__mpi_meet_direct(tc, call, payload, bytes, meanwhile, arg);
-    st = llmpar__mpi_meet_rounds(tc, call);
-    return st || !meanwhile ? st : meanwhile(arg);
+    return tc->comm.ranks <= tc->world->desc.direct ? llmpar__mpi_meet_direct(tc, call, payload, bytes) : llmpar__mpi_meet_rounds(tc, call);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
