@@ -447,6 +447,63 @@ TEST(a_gpu_hangs)
     }
 }
 
+/* The world's sum waits for rank 1, which fails; behind it, on another stream, a sum of the others. NCCL's abort of a communicator waits for its kernels, so both have to be aborted at once. */
+static llmpar_status queues_behind(llmpar_ctx *ctx, void *user)
+{
+    float *x = floats[ctx->rank];
+    llmpar_collective call = { .send = x, .recv = x, .count = 10, .dtype = LLMPAR_F32, .tag = "queued" };
+    llmpar_stream *stream[2] = { NULL, NULL };
+    llmpar_device *device = ctx->device;
+    llmpar_comm *others = NULL;
+    (void)user;
+    llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank == 1 ? -1 : 0, 0, "others", &others);
+    if (!st && ctx->rank == 1) {
+        test_sleep(0.5);
+        return llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
+    }
+    for (int i = 0; i < 2 && !st; i++) {
+        st = device->stream_create(device, "comm", &stream[i]);
+        if (!st) st = llmpar_device_stream_thread(device, stream[i]);
+    }
+    for (int i = 0; i < 6 && !st; i++) st = llmpar_all_reduce(i % 2 ? others : ctx->comm, stream[i % 2], &call);
+    for (int i = 0; i < 2; i++) {
+        llmpar_status waited = stream[i] ? device->synchronize(device, stream[i]) : LLMPAR_OK;
+        CHECK(waited != LLMPAR_OK);
+        if (!st) st = waited;
+    }
+    llmpar_comm_destroy(others);
+    for (int i = 0; i < 2; i++) device->stream_destroy(device, stream[i]);
+    return st;
+}
+TEST(several_communicators_wait)
+{
+    fake_nccl_reset();
+    run(3, NULL, queues_behind, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_IO);
+    CHECK_INT(seen.error.rank, 1);
+    all_say(3, 1, "the disk is full");
+    for (int r = 0; r < 3; r++) CHECK(seen.seconds[r] < 8);
+}
+
+/* The end of an NCCL communicator waits for the peers' of one machine; llmpar_comm_destroy is local, so its order is each rank's own. */
+static llmpar_status destroys(llmpar_ctx *ctx, void *user)
+{
+    llmpar_comm *part[2] = { NULL, NULL };
+    llmpar_status st = llmpar_comm_split(ctx->comm, 0, 0, "one", &part[0]);
+    (void)user;
+    if (!st) st = llmpar_comm_split(ctx->comm, 0, 0, "two", &part[1]);
+    llmpar_comm_destroy(part[ctx->rank % 2]);
+    llmpar_comm_destroy(part[1 - ctx->rank % 2]);
+    return st ? st : sum(ctx, "after");
+}
+TEST(destroyed_in_any_order)
+{
+    fake_nccl_reset();
+    run(2, NULL, destroys, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_OK);
+    for (int r = 0; r < 2; r++) CHECK(seen.seconds[r] < 10);
+}
+
 /* ---- ranks that do not belong together ---- */
 
 static int odd_rank, odd_world;
@@ -675,4 +732,4 @@ TEST(split_without_memory)
 }
 
 TEST_LIST(T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
-          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))
+          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(several_communicators_wait), T_(destroyed_in_any_order), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))

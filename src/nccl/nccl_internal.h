@@ -63,7 +63,7 @@ typedef struct llmpar__nccl_ask {
     llmpar_call call;
 } llmpar__nccl_ask;
 
-typedef struct llmpar__nccl_group { uint64_t context; int32_t ranks, rank; } llmpar__nccl_group;
+typedef struct llmpar__nccl_group { uint64_t context; int32_t ranks, rank, several, reserved; } llmpar__nccl_group; /* several: somebody's group has more ranks than one */
 
 typedef struct llmpar__nccl_verdict {
     llmpar_error error;
@@ -113,6 +113,13 @@ typedef struct llmpar__nccl_context {
 
 typedef struct llmpar__nccl_comm llmpar__nccl_comm;
 
+/* An NCCL communicator on its way out, in the hands of a thread of its own: see llmpar__nccl_bury. Of malloc: that thread may outlive the world. */
+typedef struct llmpar__nccl_grave {
+    struct llmpar__nccl_grave *next;
+    ncclComm_t nccl;
+    int aborts, over, holders; /* over, holders: atomic */
+} llmpar__nccl_grave;
+
 typedef struct llmpar__nccl_world {
     llmpar_heap *heap;
     llmpar_device *device;
@@ -152,7 +159,7 @@ typedef struct llmpar__nccl_world {
 
     pthread_mutex_t nccl_lock; /* around NCCL's calls, the list of communicators and their handles */
     llmpar__nccl_comm *first;
-    int32_t silenced;          /* all have been aborted */
+    llmpar__nccl_grave *graves;
 
     /* the rank's own thread */
     llmpar_event *last;        /* behind the last collective on a stream */
@@ -168,7 +175,7 @@ struct llmpar__nccl_comm {
     llmpar__nccl_world *world;
     llmpar__nccl_comm *next, **previous;
     ncclComm_t nccl;           /* NULL: one rank, or aborted */
-    ncclComm_t born;           /* a split of it that NCCL is making */
+    ncclComm_t *born;          /* of malloc: a split of it that NCCL is making */
     uint64_t context, calls;
     uint64_t *sent, *received; /* [ranks] messages to and from each member */
     int32_t *member;           /* [ranks] world ranks */
@@ -224,6 +231,10 @@ LLMPAR__PRIVATE void llmpar__nccl_hub_look(llmpar__nccl_world *world);
 /* watch.c */
 LLMPAR__PRIVATE llmpar_status llmpar__nccl_watch_begin(llmpar__nccl_world *world); /* the helper thread */
 LLMPAR__PRIVATE void llmpar__nccl_watch_end(llmpar__nccl_world *world);
+/* Under nccl_lock: ncclCommAbort or ncclCommDestroy on a thread of its own, to whom the handle belongs from now on. */
+LLMPAR__PRIVATE void llmpar__nccl_bury(llmpar__nccl_world *world, ncclComm_t nccl, int aborts);
+/* Without: waits for these threads, for so many seconds at most. 0: some are not through. */
+LLMPAR__PRIVATE int llmpar__nccl_buried(llmpar__nccl_world *world, double seconds);
 /* Under the lock: the job has failed, by rank 0's word. final: it knows who was where. */
 LLMPAR__PRIVATE void llmpar__nccl_convicted(llmpar__nccl_world *world, const llmpar__nccl_verdict *verdict, int final);
 LLMPAR__PRIVATE void llmpar__nccl_fail(llmpar__nccl_world *world, const llmpar_error *error);                         /* without: this rank has */
