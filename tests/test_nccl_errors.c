@@ -447,7 +447,7 @@ TEST(a_gpu_hangs)
     }
 }
 
-/* The world's sum waits for rank 1, which fails; behind it, on another stream, a sum of the others. NCCL's abort of a communicator waits for its kernels, so both have to be aborted at once. */
+/* The world's sum waits for rank 1, which fails; behind it, on another stream, a sum on another communicator. NCCL's abort of a communicator waits for its kernels, so both have to be aborted at once. */
 static llmpar_status queues_behind(llmpar_ctx *ctx, void *user)
 {
     float *x = floats[ctx->rank];
@@ -456,10 +456,13 @@ static llmpar_status queues_behind(llmpar_ctx *ctx, void *user)
     llmpar_device *device = ctx->device;
     llmpar_comm *others = NULL;
     (void)user;
-    llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank == 1 ? -1 : 0, 0, "others", &others);
+    llmpar_status st = llmpar_comm_split(ctx->comm, 0, 0, "others", &others);
     if (!st && ctx->rank == 1) {
         test_sleep(0.5);
-        return llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
+        st = llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
+        ctx->comm->abort(ctx->comm, &ctx->error);
+        llmpar_comm_destroy(others);
+        return st;
     }
     for (int i = 0; i < 2 && !st; i++) {
         st = device->stream_create(device, "comm", &stream[i]);
