@@ -19,8 +19,10 @@
 #include <unistd.h>
 
 /* Of the stand-in; absent with the real library. */
+#include "fake_nccl.h"
 extern int (*fake_nccl_await)(void *stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg) __attribute__((weak));
 extern void (*fake_nccl_moved)(void) __attribute__((weak));
+extern fake_nccl_state fake_nccl __attribute__((weak));
 int emulated_cuda_await(void *stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg) __attribute__((weak));
 void emulated_cuda_moved(void) __attribute__((weak));
 
@@ -230,6 +232,7 @@ static llmpar_status launch(llmpar_transport transport, int ranks, work *w)
     llmpar_launch_desc desc = { .ranks = ranks, .transport = transport, .backend = &backend, .log = print_line, .threads = 1, .deadline = 50, .check = test_no_leak };
     double begin = test_clock();
     llmpar_status st = llmpar_launch(&desc, rank, w, &error);
+    if (&fake_nccl_await) CHECK_INT(fake_nccl.misuse, 0);
     if (w->fault) {
         fprintf(stderr, "%s: after %.1f s: %s: rank %d: %s\n", faults[w->fault], test_clock() - begin, llmpar_status_string(st), (int)error.rank, error.text);
         CHECK(st != LLMPAR_OK && (error.rank == 1 || strstr(error.text, "rank 1")));

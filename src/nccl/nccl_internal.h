@@ -6,6 +6,10 @@
 #include <nccl.h>
 #include <pthread.h>
 
+#if NCCL_VERSION_CODE < 22000
+#error "llmpar_nccl.h: needs NCCL 2.20 or later"
+#endif
+
 #define LLMPAR__NCCL_MAGIC "llmparN1"
 #define LLMPAR__NCCL_WORD 0x4c4c4e31u   /* begins every message: a stream out of step is noticed */
 #define LLMPAR__NCCL_WHO 1100
@@ -21,7 +25,7 @@ typedef struct llmpar__nccl_hello {
     uint64_t slice;
     int64_t pid;
     int32_t world, rank, nccl, fast, unchecked, one_device;
-    char device[128], place[32], host[64];
+    char device[128], place[32], host[64], boot[40]; /* boot: of the machine since it was started; machines may have one name */
     llmpar_error error;                  /* a rank that cannot take part says why */
 } llmpar__nccl_hello;
 
@@ -192,6 +196,7 @@ LLMPAR__PRIVATE int llmpar__nccl_accept_one(int listener);                      
 LLMPAR__PRIVATE int llmpar__nccl_split_address(const char *address, char host[256], int *port); /* 0: malformed */
 LLMPAR__PRIVATE size_t llmpar__nccl_own_addresses(char *text, size_t capacity);                 /* numeric, blanks between them; the loopback's last */
 LLMPAR__PRIVATE void llmpar__nccl_own_host(char *host, size_t capacity);
+LLMPAR__PRIVATE void llmpar__nccl_own_boot(char *boot, size_t capacity); /* empty: the system does not say */
 LLMPAR__PRIVATE int llmpar__nccl_send_all(int fd, const void *bytes, size_t count, double limit);  /* 1: done */
 LLMPAR__PRIVATE int llmpar__nccl_receive_all(int fd, void *bytes, size_t count, double limit);     /* 1: done; 0: over; -1: time is up */
 LLMPAR__PRIVATE int llmpar__nccl_readable(int fd, double seconds);
