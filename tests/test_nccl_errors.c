@@ -749,5 +749,5 @@ TEST(split_without_memory)
     CHECK(k > 5 && k < 20);
 }
 
-TEST_LIST(T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
-          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(several_communicators_wait), T_(destroyed_in_any_order), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))
+TEST_LIST(T_(several_communicators_wait), T_(destroyed_in_any_order), T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
+          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))
