@@ -344,14 +344,16 @@ $(eval $(call nccl,nccl_asan,$(asan),build/asan/llmpar.o))
 $(eval $(call nccl,nccl_tsan,$(tsan),build/tsan/llmpar.o))
 
 # The real header, as C99 and as C++11, and every symbol in the real library.
-NCCL_HOME = $(patsubst %/include/,%,$(dir $(firstword $(wildcard /usr/local/cuda/include/nccl.h /usr/local/include/nccl.h /usr/include/nccl.h))))
+# NCCL is a package of the system, or Python's wheel (nvidia-nccl-cu13), which has no libnccl.so without a number.
+NCCL_HOME = $(patsubst %/include/,%,$(dir $(firstword $(wildcard /usr/local/cuda/include/nccl.h /usr/local/include/nccl.h /usr/include/nccl.h) $(wildcard $(addsuffix /include/nccl.h,$(nccl_wheel))))))
+nccl_wheel = $(if $(wildcard /usr/local/cuda/include/nccl.h /usr/local/include/nccl.h /usr/include/nccl.h),,$(shell python3 -c 'import nvidia.nccl; print(nvidia.nccl.__path__[0])' 2>/dev/null))
 check-nccl: build/dev/llmpar_nccl.h build/dev/llmpar.h $(CUDA_LIB)
 	@if [ -z '$(NCCL_HOME)' ]; then echo 'skipped: there is no nccl.h (Debian package: libnccl-dev; NCCL_HOME=/where/it/is)'; exit 0; fi; \
 	mkdir -p build/nccl && printf '#include "llmpar_nccl.h"\nint main(void) { llmpar_backend b; llmpar_nccl_backend(NULL, &b); return b.comm_create == NULL; }\n' >build/nccl/real.c && \
 	flags='-Wall -Wextra -Wshadow -Wundef -Werror -Ibuild/dev -isystem $(NCCL_HOME)/include -isystem $(cuda_home)include' && \
 	$(CC) -std=c99 -pedantic $$flags -DLLMPAR_NCCL_IMPLEMENTATION -x c -c build/dev/llmpar_nccl.h -o build/nccl/real_c.o && \
 	$(CXX) -std=c++11 $$flags -DLLMPAR_NCCL_IMPLEMENTATION -x c++ -c build/dev/llmpar_nccl.h -o build/nccl/real_cxx.o && \
-	for o in real_c real_cxx; do $(CC) -Ibuild/dev build/nccl/real.c build/nccl/$$o.o $(CUDA_LIB) -o build/nccl/$$o -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -L$(cuda_home)lib64 -lnccl -lcudart $(LDLIBS) && \
+	for o in real_c real_cxx; do $(CC) -Ibuild/dev build/nccl/real.c build/nccl/$$o.o $(CUDA_LIB) -o build/nccl/$$o -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -L$(cuda_home)lib64 -l:libnccl.so.2 -lcudart $(LDLIBS) && \
 	LD_LIBRARY_PATH=$(NCCL_HOME)/lib:$(cuda_home)lib64 build/nccl/$$o || exit 1; done; \
 	echo "llmpar_nccl.h: compiles with $(NCCL_HOME)/include/nccl.h as C99 and C++11, and links"
 
@@ -366,6 +368,7 @@ run-nccl-cuda: run-nccl
 	@$(MAKE) --no-print-directory build/nccl/real_nccl build/nccl/real_nccl_processes
 	@for n in 1 2 4; do printf 'real_nccl, emulated, %d rank threads: ' $$n; build/nccl/real_nccl --threads $$n || exit 1; done
 	@printf 'real_nccl, emulated, 2 processes: '; build/nccl/real_nccl_processes --processes 2
+	@printf 'real_nccl, emulated, failures of 3 processes: '; build/nccl/real_nccl_processes --faults 3 2>build/nccl/faults.log || { cat build/nccl/faults.log; exit 1; }
 test-nccl-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-nccl_asan
 test-nccl-tsan:
@@ -383,7 +386,7 @@ cuda_libs = -lcublasLt $(if $(CUDNN),-lcudnn -lnvrtc) -Xlinker -rpath=$(cuda_hom
 # CUDNN=1: with cuDNN's attention (--cudnn). CUDNN_FRONTEND: the folder that cudnn_frontend.h is in, if nvcc does not know it.
 CUDNN =
 CUDNN_FRONTEND =
-nccl_libs = -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -Xlinker -rpath=$(NCCL_HOME)/lib -lnccl
+nccl_libs = -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -Xlinker -rpath=$(NCCL_HOME)/lib -l:libnccl.so.2
 # Where the object of nvcc and what is linked with it are: tools/check_cuda.sh has another one.
 CUDA_ROOM = build/cuda$(if $(CUDNN),-cudnn)
 

@@ -1,6 +1,9 @@
 /* fake_nccl: a CPU stand-in for NCCL: its functions (fake_nccl/nccl.h) between threads of one process. Data really moves, at the right place of the stream (fake_nccl.h says which handles it takes); communicators are
    non-blocking; calls that do not fit together (operation, count, type, root, size of a message) are refused with an error on all ranks and a line on stderr.
 
+   As strict as NCCL where that can be told without a GPU (state.misuse): a communicator is let alone while a call on it is under way; buffers of a group are apart, or in place by the rules; no rank without color in a
+   split, whose failure NCCL does not survive; the end of a communicator, in good order or not, waits for what its streams still hold of it, and for the other ranks' end of it.
+
    A group of operations is a batch. A communicator's batches run in order on each rank; an operation happens when its partners' are in batches that run too: the k-th collective of every rank, the next message of a
    pair. What real NCCL may or may not survive is an error here: two communicators' batches at once on one rank (launch order), groups on two streams. */
 #include "fake_nccl.h"
@@ -11,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { OPS_MOST = 4096, RANKS_MOST = 64 };
 
@@ -48,7 +52,7 @@ typedef struct clique {
 
 struct ncclComm {
     clique *of;
-    int rank, world_rank, aborted, dead, in_flight, finalized, asked; /* asked: a split under way */
+    int rank, world_rank, aborted, dead, in_flight, finalized, asked, looks; /* asked: a split under way; looks: for so many questions the last call is under way */
     ncclResult_t async;
     batch *first, *last; /* running */
     uint64_t collectives;
@@ -107,6 +111,16 @@ static void mismatch(clique *c, const char *text)
     if (!fake_nccl.quiet) fprintf(stderr, "fake_nccl: %s\n", text);
     fail_clique(c, ncclInvalidUsage, text);
 }
+
+/* What NCCL refuses, or does not survive. */
+static ncclResult_t misuse(ncclComm_t comm, const char *text)
+{
+    fake_nccl.misuse++;
+    fprintf(stderr, "fake_nccl: rank %d: %s\n", comm->world_rank, text);
+    return ncclInvalidArgument;
+}
+
+static int busy(ncclComm_t comm) { return comm->async == ncclSuccess && (comm->looks > 0 || comm->of->joined < comm->of->ranks || comm->asked); }
 
 /* ---- data ---- */
 
@@ -311,6 +325,7 @@ void fake_nccl_drop(const fake_nccl_stream *stream)
         comm_free(b->comm);
         batch_free(b);
     }
+    pthread_cond_broadcast(&moved);
     pthread_mutex_unlock(&lock);
 }
 
@@ -327,6 +342,7 @@ static void run_batch(void *arg)
     batch_free(b);
     comm->in_flight--;
     comm_free(comm);
+    pthread_cond_broadcast(&moved);
     pthread_mutex_unlock(&lock);
 }
 
@@ -354,10 +370,38 @@ static void batch_done(void *arg)
     batch_free(b);
     comm->in_flight--;
     comm_free(comm);
+    pthread_cond_broadcast(&moved);
     pthread_mutex_unlock(&lock);
 }
 
 /* ---- groups ---- */
+
+static int overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+{
+    uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return a_bytes && b_bytes && x < y + b_bytes && y < x + a_bytes;
+}
+
+static size_t reads(const op *o, ncclComm_t comm)
+{
+    size_t bytes = o->count * o->item;
+    return o->kind == OP_RECV || (o->kind == OP_BROADCAST && o->peer != comm->rank) ? 0 : o->kind == OP_SCATTER ? bytes * (size_t)comm->of->ranks : bytes;
+}
+static size_t writes(const op *o, ncclComm_t comm) { return o->kind == OP_SEND ? 0 : o->kind == OP_GATHER ? o->count * o->item * (size_t)comm->of->ranks : o->count * o->item; }
+
+/* The operations of a group run side by side. */
+static int apart(ncclComm_t comm, const op *ops, int count)
+{
+    for (int i = 0; i < count; i++) {
+        const op *o = &ops[i];
+        size_t own = (size_t)comm->rank * o->count * o->item;
+        const char *in_place = (const char *)(o->kind == OP_SCATTER ? o->send : o->recv) + (o->kind == OP_GATHER || o->kind == OP_SCATTER ? own : 0);
+        if (overlap(o->recv, writes(o, comm), o->send, reads(o, comm)) && in_place != (const char *)(o->kind == OP_SCATTER ? o->recv : o->send)) return 0;
+        for (int k = 0; k < count && count <= 256; k++)
+            if (k != i && (overlap(o->recv, writes(o, comm), ops[k].recv, writes(&ops[k], comm)) || overlap(o->recv, writes(o, comm), ops[k].send, reads(&ops[k], comm)))) return 0;
+    }
+    return 1;
+}
 
 ncclResult_t ncclGroupStart(void)
 {
@@ -393,6 +437,8 @@ ncclResult_t ncclGroupEnd(void)
     int number = ++groups_of[comm->world_rank];
     fake_nccl_kind kind = fake_nccl.rank == comm->world_rank && fake_nccl.at == number ? fake_nccl.kind : FAKE_NCCL_NOTHING;
     if (comm->async != ncclSuccess) result = comm->async;
+    else if (busy(comm)) result = misuse(comm, "a group on a communicator whose last call is under way");
+    else if (!apart(comm, ops, count)) result = misuse(comm, "buffers of a group overlap");
     else if (comm->first && !later) result = ncclInvalidUsage; /* used again while under way */
     else if (kind == FAKE_NCCL_REFUSES) result = ncclSystemError;
     b->hangs = kind == FAKE_NCCL_HANGS || kind == FAKE_NCCL_BREAKS;
@@ -401,17 +447,19 @@ ncclResult_t ncclGroupEnd(void)
         batch_free(b);
     } else if (fake_nccl_await) {
         comm->in_flight++;
+        comm->looks = 1 + number % 3;
         if (kind == FAKE_NCCL_BREAKS) comm->async = ncclRemoteError;
         pthread_mutex_unlock(&lock);
-        return fake_nccl_await(queued_stream, batch_ready, batch_done, b) ? ncclUnhandledCudaError : ncclSuccess;
+        return fake_nccl_await(queued_stream, batch_ready, batch_done, b) ? ncclUnhandledCudaError : ncclInProgress;
     } else if (later) {
         comm->in_flight++;
+        comm->looks = 1 + number % 3;
         b->stream = stream;
         b->waiting = enqueued;
         enqueued = b;
         if (kind == FAKE_NCCL_BREAKS) comm->async = ncclRemoteError;
         pthread_mutex_unlock(&lock);
-        return stream->enqueue(stream->device, stream->stream, run_batch, b) ? ncclUnhandledCudaError : ncclSuccess;
+        return stream->enqueue(stream->device, stream->stream, run_batch, b) ? ncclUnhandledCudaError : ncclInProgress;
     } else {
         start(b);
         progress(comm->of);
@@ -566,7 +614,10 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *out,
     if (color < NCCL_SPLIT_NOCOLOR || config->size != sizeof *config) return ncclInvalidArgument;
     pthread_mutex_lock(&lock);
     clique *c = comm->of;
-    if (comm->first || comm->in_flight || comm->asked) result = ncclInvalidUsage; /* something is under way */
+    if (comm->async != ncclSuccess) result = comm->async;
+    else if (busy(comm)) result = misuse(comm, "ncclCommSplit of a communicator whose last call is under way");
+    else if (color == NCCL_SPLIT_NOCOLOR) result = misuse(comm, "no color: NCCL 2.20 to 2.30 crash where such a split fails");
+    else if (comm->first || comm->in_flight) result = ncclInvalidUsage; /* something is under way */
     else {
         comm->asked = 1;
         c->split[comm->rank].called = 1;
@@ -583,7 +634,8 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
 {
     pthread_mutex_lock(&lock);
     *state = comm->async;
-    if (comm->async == ncclSuccess && (comm->of->joined < comm->of->ranks || comm->asked || (comm->first && !comm->in_flight))) *state = ncclInProgress;
+    if (comm->async == ncclSuccess && comm->looks > 0) comm->looks--, *state = ncclInProgress;
+    else if (comm->async == ncclSuccess && (comm->of->joined < comm->of->ranks || comm->asked || (comm->first && !comm->in_flight))) *state = ncclInProgress;
     pthread_mutex_unlock(&lock);
     return ncclSuccess;
 }
@@ -591,22 +643,47 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
 ncclResult_t ncclCommFinalize(ncclComm_t comm)
 {
     pthread_mutex_lock(&lock);
-    comm->finalized = 1;
+    ncclResult_t result = comm->async != ncclSuccess ? comm->async : busy(comm) ? ncclInvalidArgument : ncclInProgress;
+    if (result == ncclInProgress) comm->finalized = comm->looks = 1;
+    else comm->async = result;
+    pthread_cond_broadcast(&moved);
     pthread_mutex_unlock(&lock);
-    return ncclSuccess;
+    return result;
+}
+
+/* A communicator ends when its streams have come past it, and no peer is connected any more. */
+static int held(ncclComm_t comm)
+{
+    const clique *c = comm->of;
+    if (comm->in_flight && running[comm->world_rank]) return 1; /* behind another communicator's, which waits for a partner */
+    for (int i = 0; i < c->ranks && c->joined >= c->ranks; i++)
+        if (c->comm[i] && !c->comm[i]->finalized && !c->comm[i]->aborted) return 1;
+    return 0;
 }
 
 static ncclResult_t end_comm(ncclComm_t comm, int aborts)
 {
     pthread_mutex_lock(&lock);
-    ncclResult_t result = !aborts && (!comm->finalized || comm->first) ? ncclInvalidUsage : ncclSuccess;
-    comm->aborted = comm->dead = 1;
+    ncclResult_t result = !aborts && (!comm->finalized || comm->first || busy(comm)) ? misuse(comm, "ncclCommDestroy before ncclCommFinalize is done") : ncclSuccess;
+    struct timespec limit;
+    int late = 0;
+    clock_gettime(CLOCK_REALTIME, &limit);
+    limit.tv_sec += 15;
+    comm->aborted = 1;
     if (comm->asked) {
         comm->of->split[comm->rank].called = 0;
         comm->of->split_called -= RANKS_MOST; /* it will never take place */
     }
     while (comm->first) end_first(comm);
     pthread_cond_broadcast(&moved);
+    if (fake_nccl_moved) {
+        pthread_mutex_unlock(&lock);
+        fake_nccl_moved();
+        pthread_mutex_lock(&lock);
+    }
+    while (!late && held(comm)) late = pthread_cond_timedwait(&moved, &lock, &limit) != 0;
+    if (late) (void)misuse(comm, "the end of a communicator would last for ever");
+    comm->dead = 1;
     comm_free(comm);
     pthread_mutex_unlock(&lock);
     return result;

@@ -32,6 +32,7 @@ typedef struct fake_nccl_state {
     int quiet;              /* 1: a mismatch is counted, not printed */
     int mismatches;         /* calls that did not fit together */
     int overlaps;           /* a rank had groups of two communicators running at once */
+    int misuse;             /* calls that NCCL refuses, or may not survive */
     int groups, comms;      /* groups run, communicators alive */
     int blocks;             /* of ncclMemAlloc alive */
     size_t bytes;           /* of messages */

@@ -51,7 +51,7 @@ typedef struct batch {
 struct ncclComm {
     shared *with;
     int rank, ranks, world[RANKS_MOST]; /* world: ranks there */
-    int joins, aborted, dead, in_flight, finalized;
+    int joins, aborted, dead, in_flight, finalized, looks; /* looks: for so many questions the last call is under way */
     ncclResult_t async;
     batch *now;                         /* of no stream with a thread */
     int asked, answer[RANKS_MOST][2];   /* a split: color and key of all */
@@ -73,6 +73,14 @@ static __thread ncclResult_t queued_error;
 static __thread int on_no_stream; /* a split */
 
 void fake_nccl_reset(void) { memset(&fake_nccl, 0, sizeof fake_nccl); }
+
+/* What NCCL refuses, or does not survive. */
+static ncclResult_t misuse(const char *text)
+{
+    fake_nccl.misuse++;
+    fprintf(stderr, "fake_nccl: %s\n", text);
+    return ncclInvalidArgument;
+}
 
 /* ---- messages; all under the lock ---- */
 
@@ -265,18 +273,20 @@ ncclResult_t ncclGroupEnd(void)
     ncclComm_t comm = b->comm;
     if (!result) result = comm->async;
     if (!result && comm->now) result = ncclInvalidUsage; /* used again while under way */
+    if (!result && comm->looks) result = misuse("a group on a communicator whose last call is under way");
     fake_nccl.groups++;
     if (result) {
         batch_free(b);
     } else if (!on_no_stream && (fake_nccl_await || (stream && stream->enqueue))) {
         comm->in_flight++;
+        comm->looks = 1 + fake_nccl.groups % 3;
         b->stream = stream;
         b->waiting = enqueued;
         enqueued = b;
         if (fake_nccl_await) tick();
         pthread_mutex_unlock(&lock);
         int failed = fake_nccl_await ? fake_nccl_await(queued_stream, batch_ready, batch_done, b) : stream->enqueue(stream->device, stream->stream, run_batch, b);
-        return failed ? ncclUnhandledCudaError : ncclSuccess;
+        return failed ? ncclUnhandledCudaError : ncclInProgress;
     } else {
         progress(b);
         if (b->ended) batch_free(b);
@@ -416,6 +426,8 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *out,
 {
     *out = NULL;
     if (color < NCCL_SPLIT_NOCOLOR || config->blocking != 0) return ncclInvalidArgument;
+    if (color == NCCL_SPLIT_NOCOLOR) return misuse("no color: NCCL 2.20 to 2.30 crash where such a split fails");
+    if (comm->looks) return misuse("ncclCommSplit of a communicator whose last call is under way");
     if (comm->now || comm->in_flight || comm->asked) return ncclInvalidUsage; /* something is under way */
     comm->asked = 1;
     comm->out = out;
@@ -458,15 +470,18 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
     }
     if (comm->asked && !comm->now) split(comm);
     *state = comm->async;
-    if (comm->async == ncclSuccess && (comm->now || (comm->joins && __atomic_load_n(&comm->with->joined, __ATOMIC_SEQ_CST) < comm->ranks))) *state = ncclInProgress;
+    if (comm->async == ncclSuccess && comm->looks > 0) comm->looks--, *state = ncclInProgress;
+    else if (comm->async == ncclSuccess && (comm->now || (comm->joins && __atomic_load_n(&comm->with->joined, __ATOMIC_SEQ_CST) < comm->ranks))) *state = ncclInProgress;
     pthread_mutex_unlock(&lock);
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm)
 {
-    comm->finalized = 1;
-    return ncclSuccess;
+    pthread_mutex_lock(&lock);
+    comm->finalized = comm->looks = 1;
+    pthread_mutex_unlock(&lock);
+    return ncclInProgress;
 }
 
 static ncclResult_t end_comm(ncclComm_t comm, int aborts)

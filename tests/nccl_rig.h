@@ -125,6 +125,7 @@ static inline llmpar_status rig_launch(int ranks, const llmpar_nccl_desc *nccl, 
     CHECK_INT(fake_nccl.comms, 0);
     CHECK_INT(fake_nccl.blocks, 0);
     CHECK_INT(fake_nccl.overlaps, 0);
+    CHECK_INT(fake_nccl.misuse, 0);
     return st;
 }
 

@@ -3,6 +3,7 @@
      real_nccl                 one rank in this process
      real_nccl --processes 4   four processes, forked before any call of CUDA; on one GPU, each a machine of its own to NCCL (over the loopback: correctness, not speed)
      real_nccl --threads 4     four rank threads, a GPU each (or with the emulated device and the stand-in for NCCL)
+     real_nccl --faults 3      three processes; rank 1 fails, is killed, is stopped, stays away, while the others' streams wait for it on two communicators: everybody ends, and says why
 
    Not a program of the suite: make build/cuda/real_nccl against the real library (tools/gpu_check), make test-nccl builds it against the stand-in. The last line is "N passed, N failed". */
 #define _GNU_SOURCE 1
@@ -18,12 +19,17 @@
 #include <unistd.h>
 
 /* Of the stand-in; absent with the real library. */
+#include "fake_nccl.h"
 extern int (*fake_nccl_await)(void *stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg) __attribute__((weak));
 extern void (*fake_nccl_moved)(void) __attribute__((weak));
+extern fake_nccl_state fake_nccl __attribute__((weak));
 int emulated_cuda_await(void *stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg) __attribute__((weak));
 void emulated_cuda_moved(void) __attribute__((weak));
 
-typedef struct work { char directory[300]; size_t most; int checks, one_device, of; /* of: ranks of the jobs that are run, or compared with */ } work;
+typedef struct work { char directory[300]; size_t most; int checks, one_device, of, fault; /* of: ranks of the jobs that are run, or compared with; fault: 0 none, else of faults[] */ } work;
+static const char *const faults[] = { "none", "fails", "killed", "stopped", "late" };
+enum { FAULTS = sizeof faults / sizeof faults[0], LATE = FAULTS - 1 };
+#define LATE_DEADLINE (emulated_cuda ? 3.0 : 10.0) /* which the start has to keep too */
 
 /* ---- what one rank does ---- */
 
@@ -141,19 +147,61 @@ static llmpar_status train(llmpar_ctx *ctx, work *w)
     return st;
 }
 
+/* Rank 1 goes; what the others have enqueued waits for it, one communicator's behind another's. */
+static llmpar_status fault(llmpar_ctx *ctx, const work *w)
+{
+    enum { N = 100 };
+    llmpar_device *device = ctx->device;
+    llmpar_comm *comm[2] = { ctx->comm, NULL };
+    llmpar_stream *stream[2] = { NULL, NULL };
+    float *x = NULL;
+    llmpar_status st = llmpar_comm_split(ctx->comm, 0, 0, "others", &comm[1]);
+    for (int i = 0; i < 2 && !st; i++) st = device->stream_create(device, "comm", &stream[i]);
+    if (!st) st = device->alloc(device, N * sizeof *x, (void **)&x);
+    if (!st) st = device->zero(device, stream[0], x, N * sizeof *x);
+    for (int round = 0; round < 2; round++) { /* the first makes the connections */
+        llmpar_collective call = { .send = x, .recv = x, .count = N, .dtype = LLMPAR_F32, .tag = round ? "waits" : "first" };
+        for (int i = 0; i < 2 && round && !st && ctx->rank == 1; i++) {
+            fflush(NULL);
+            if (w->fault == 2) raise(SIGKILL);
+            if (w->fault == 3) raise(SIGSTOP);
+            test_sleep(w->fault == LATE ? LATE_DEADLINE + 4 : 0.3);
+            st = w->fault == LATE ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_IO, "rank 1 has failed");
+            break;
+        }
+        for (int i = 0; i < 6 && !st; i++) st = llmpar_all_reduce(comm[i % 2], stream[i % 2], &call);
+        for (int i = 0; i < 2; i++) {
+            llmpar_status waited = stream[i] ? device->synchronize(device, stream[i]) : LLMPAR_OK;
+            if (!st) st = waited;
+        }
+    }
+    if (st && ctx->rank == 1 && w->fault == 1) ctx->comm->abort(ctx->comm, &ctx->error); /* as launch does for it; the end of its communicators would wait for the others' */
+    llmpar_comm_destroy(comm[1]);
+    if (x) device->free(device, x, N * sizeof *x);
+    for (int i = 0; i < 2; i++)
+        if (stream[i]) device->stream_destroy(device, stream[i]);
+    return st;
+}
+
 static llmpar_status rank(llmpar_ctx *ctx, void *user)
 {
     work *w = (work *)user;
     llmpar_status st = LLMPAR_OK;
+    double begin = test_clock(), checked, done;
+    if (w->fault) return fault(ctx, w);
     if (ctx->world == 1) alone(ctx);
     if (w->checks) st = collectives_check(ctx->comm, w->most);
     for (int v = 0; v < 4 && w->checks && !st; v++) { /* several slices, and blocks that are packed */
         sample large = { v == 3 ? 101 : 20011, v == 3 ? 40 : v == 2 ? 3 : 1, v == 1 ? LLMPAR_I64 : LLMPAR_F32, LLMPAR_SUM, v == 1, NULL, 0 };
         if (!cuda_small() || v == 3) st = one_sample(ctx->comm, &large);
     }
+    checked = test_clock();
     if (w->checks && !st) st = collectives_splits(ctx, NULL);
     if (w->checks && !st) st = streams(ctx);
-    return st ? st : train(ctx, w);
+    done = test_clock();
+    if (!st) st = train(ctx, w);
+    if (ctx->rank == 0) fprintf(stderr, "%d ranks: values %.1f s, splits and streams %.1f s, training %.1f s\n", (int)ctx->world, checked - begin, done - checked, test_clock() - done); /* where a GPU's time went */
+    return st;
 }
 
 /* ---- launching ---- */
@@ -172,7 +220,8 @@ static llmpar_status launch(llmpar_transport transport, int ranks, work *w)
     memset(&nccl, 0, sizeof nccl);
     memset(&backend, 0, sizeof backend);
     nccl.one_device = w->one_device;
-    nccl.deadline = 50;
+    nccl.deadline = w->fault == LATE ? LATE_DEADLINE : 50;
+    if (w->fault) nccl.silence = 3;
     nccl.slice = 65536; /* several slices of what is 20,011 floats */
     if (&fake_nccl_await && &emulated_cuda_await) {
         fake_nccl_await = emulated_cuda_await;
@@ -181,7 +230,14 @@ static llmpar_status launch(llmpar_transport transport, int ranks, work *w)
     llmpar_cuda_backend(NULL, &backend);
     llmpar_nccl_backend(&nccl, &backend);
     llmpar_launch_desc desc = { .ranks = ranks, .transport = transport, .backend = &backend, .log = print_line, .threads = 1, .deadline = 50, .check = test_no_leak };
+    double begin = test_clock();
     llmpar_status st = llmpar_launch(&desc, rank, w, &error);
+    if (&fake_nccl_await) CHECK_INT(fake_nccl.misuse, 0);
+    if (w->fault) {
+        fprintf(stderr, "%s: after %.1f s: %s: rank %d: %s\n", faults[w->fault], test_clock() - begin, llmpar_status_string(st), (int)error.rank, error.text);
+        CHECK(st != LLMPAR_OK && (error.rank == 1 || strstr(error.text, "rank 1")));
+        return LLMPAR_OK;
+    }
     if (st) TEST_FAIL("%d ranks: rank %d: %s: %s", ranks, (int)error.rank, llmpar_status_string(st), error.text);
     return st;
 }
@@ -202,6 +258,7 @@ static int processes(int ranks, work *w)
         fflush(NULL);
         child[r] = fork();
         if (child[r]) continue;
+        if (w->fault) alarm(50); /* whoever hangs ends */
         variable("RANK", "%d", r);
         variable("WORLD_SIZE", "%d", ranks);
         variable("LOCAL_RANK", "%d", r);
@@ -215,13 +272,20 @@ static int processes(int ranks, work *w)
             setenv("NCCL_NET", "Socket", 1);
             setenv("NCCL_ALGO", "Ring", 1);
             setenv("NCCL_PROTO", "Simple", 1);
+            setenv("NCCL_RAS_ENABLE", "0", 0); /* its port is one a machine */
+            setenv("NCCL_DEBUG", "WARN", 0);   /* what it says of a failure is in the log */
         }
         llmpar_status st = launch(LLMPAR_TRANSPORT_ENVIRONMENT, ranks, w);
         fflush(NULL);
         _exit(st || test_failures ? 1 : 0);
     }
-    for (int r = 0; r < ranks; r++) {
-        int status = 1;
+    for (int i = 0; i < ranks; i++) {
+        int r = (i + 2) % ranks, status = 1; /* rank 1 last */
+        if (w->fault > 1 && r == 1) kill(child[r], w->fault == LATE ? 0 : SIGKILL);
+        if (w->fault > 1 && w->fault < LATE && r == 1 && child[r] > 0) {
+            waitpid(child[r], &status, 0);
+            continue;
+        }
         if (child[r] < 0 || waitpid(child[r], &status, 0) != child[r] || status) {
             fprintf(stderr, "rank %d ended with %d\n", r, status);
             well = 0;
@@ -248,9 +312,10 @@ int main(int argc, char **argv)
     work w, one;
     if (argc == 3 && !strcmp(argv[1], "--processes")) how = 1, ranks = atoi(argv[2]);
     else if (argc == 3 && !strcmp(argv[1], "--threads")) how = 2, ranks = atoi(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "--faults")) how = 3, ranks = atoi(argv[2]);
     else if (argc != 1) ranks = 0;
-    if (ranks < 1 || ranks > 64 || !mkdtemp(root)) {
-        fprintf(stderr, "usage: real_nccl [--processes N | --threads N]\n");
+    if (ranks < (how == 3 ? 2 : 1) || ranks > 64 || !mkdtemp(root)) {
+        fprintf(stderr, "usage: real_nccl [--processes N | --threads N | --faults N]\n");
         return 2;
     }
     memset(&w, 0, sizeof w);
@@ -259,11 +324,23 @@ int main(int argc, char **argv)
     w.checks = 1;
     w.of = ranks > 1 ? ranks : cuda_small() ? 0 : 2; /* one rank alone: that it runs */
     w.one_device = how == 1 || emulated_cuda != NULL;
-    w.most = emulated_cuda != NULL || how == 1 ? 7 : 20011; /* processes that share a GPU take turns of milliseconds */
+    w.most = how == 1 && ranks > 2 && !emulated_cuda ? 1 : emulated_cuda != NULL || how == 1 ? 7 : 20011; /* processes that share a GPU take turns of milliseconds */
     one = w;
     snprintf(one.directory, sizeof one.directory, "%s/one", root);
     mkdir(one.directory, 0777);
     one.checks = 0;
+    if (how == 3) {
+        rmdir(w.directory);
+        rmdir(one.directory);
+        rmdir(root);
+        w.one_device = 1;
+        for (w.fault = 1; w.fault < FAULTS; w.fault++) {
+            if (processes(ranks, &w)) passed++;
+            else failed++, fprintf(stderr, "FAILED %s\n", faults[w.fault]);
+        }
+        printf("%d passed, %d failed\n", passed, failed);
+        return failed != 0;
+    }
     int before = test_failures;
     int well = how == 1 ? processes(ranks, &w) : !launch(LLMPAR_TRANSPORT_THREADS, ranks, &w) && test_failures == before;
     if (well) passed++;

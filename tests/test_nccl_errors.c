@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -25,6 +26,17 @@ ssize_t send(int fd, const void *bytes, size_t count, int flags)
     int mute = __atomic_load_n(&muted, __ATOMIC_SEQ_CST);
     if (mute >= 0 && __atomic_load_n(&fd_of[mute], __ATOMIC_SEQ_CST) == fd) return (ssize_t)count;
     return syscall(SYS_sendto, fd, bytes, count, flags, NULL, 0);
+}
+
+static int elsewhere; /* 1: every rank is on a machine of its own, of one name */
+int open(const char *path, int flags, ...)
+{
+    va_list more;
+    va_start(more, flags);
+    int mode = flags & O_CREAT ? va_arg(more, int) : 0;
+    va_end(more);
+    if (elsewhere && !strcmp(path, "/proc/sys/kernel/random/boot_id")) path = "/proc/sys/kernel/random/uuid";
+    return (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
 }
 
 static int deaf; /* 1: nobody can listen */
@@ -447,6 +459,66 @@ TEST(a_gpu_hangs)
     }
 }
 
+/* The world's sum waits for rank 1, which fails; behind it, on another stream, a sum on another communicator. NCCL's abort of a communicator waits for its kernels, so both have to be aborted at once. */
+static llmpar_status queues_behind(llmpar_ctx *ctx, void *user)
+{
+    float *x = floats[ctx->rank];
+    llmpar_collective call = { .send = x, .recv = x, .count = 10, .dtype = LLMPAR_F32, .tag = "queued" };
+    llmpar_stream *stream[2] = { NULL, NULL };
+    llmpar_device *device = ctx->device;
+    llmpar_comm *others = NULL;
+    (void)user;
+    llmpar_status st = llmpar_comm_split(ctx->comm, 0, 0, "others", &others);
+    if (!st && ctx->rank == 1) {
+        test_sleep(0.5);
+        st = llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
+        ctx->comm->abort(ctx->comm, &ctx->error);
+        llmpar_comm_destroy(others);
+        return st;
+    }
+    for (int i = 0; i < 2 && !st; i++) {
+        st = device->stream_create(device, "comm", &stream[i]);
+        if (!st) st = llmpar_device_stream_thread(device, stream[i]);
+    }
+    for (int i = 0; i < 6 && !st; i++) st = llmpar_all_reduce(i % 2 ? others : ctx->comm, stream[i % 2], &call);
+    for (int i = 0; i < 2; i++) {
+        llmpar_status waited = stream[i] ? device->synchronize(device, stream[i]) : LLMPAR_OK;
+        CHECK(waited != LLMPAR_OK);
+        if (!st) st = waited;
+    }
+    llmpar_comm_destroy(others);
+    for (int i = 0; i < 2; i++) device->stream_destroy(device, stream[i]);
+    return st;
+}
+TEST(several_communicators_wait)
+{
+    fake_nccl_reset();
+    run(3, NULL, queues_behind, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_IO);
+    CHECK_INT(seen.error.rank, 1);
+    all_say(3, 1, "the disk is full");
+    for (int r = 0; r < 3; r++) CHECK(seen.seconds[r] < 8);
+}
+
+/* The end of an NCCL communicator waits for the peers' of one machine; llmpar_comm_destroy is local, so its order is each rank's own. */
+static llmpar_status destroys(llmpar_ctx *ctx, void *user)
+{
+    llmpar_comm *part[2] = { NULL, NULL };
+    llmpar_status st = llmpar_comm_split(ctx->comm, 0, 0, "one", &part[0]);
+    (void)user;
+    if (!st) st = llmpar_comm_split(ctx->comm, 0, 0, "two", &part[1]);
+    llmpar_comm_destroy(part[ctx->rank % 2]);
+    llmpar_comm_destroy(part[1 - ctx->rank % 2]);
+    return st ? st : sum(ctx, "after");
+}
+TEST(destroyed_in_any_order)
+{
+    fake_nccl_reset();
+    run(2, NULL, destroys, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_OK);
+    for (int r = 0; r < 2; r++) CHECK(seen.seconds[r] < 10);
+}
+
 /* ---- ranks that do not belong together ---- */
 
 static int odd_rank, odd_world;
@@ -499,6 +571,7 @@ static llmpar_status odd_desc(const llmpar_nccl_desc *given, llmpar_ctx *ctx, ll
     if (odd_how == 1 && ctx->rank == 2) desc.fast = 1;
     if (odd_how == 2 && ctx->rank == 1) device->name = "cuda sm_70";
     if (odd_how == 3) device->place = ctx->rank == 1 ? "0000:3b:00.0" : "0000:5e:00.0";
+    if (odd_how == 9) device->place = "0000:3b:00.0";
     if (odd_how == 4) { device->place = "0000:3b:00.0"; desc.one_device = 1; }
     if (odd_how == 5 && ctx->rank == 2) device->native_stream = NULL;
     if (odd_how == 6 && ctx->rank == 0) device->native_stream = NULL;
@@ -512,12 +585,14 @@ TEST(wrong_descriptions)
 {
     static const struct { llmpar_status status; const char *text; } want[] = {
         { LLMPAR_ERR_MISMATCH, "slice 4096" }, { LLMPAR_ERR_MISMATCH, "fast 1" }, { LLMPAR_ERR_MISMATCH, "has device cuda sm_70, rank 0" }, { LLMPAR_ERR_CONFIG, "have the same GPU, 0000:5e:00.0" }, { LLMPAR_OK, "" },
-        { LLMPAR_ERR_UNSUPPORTED, "has no streams that NCCL could use" }, { LLMPAR_ERR_UNSUPPORTED, "has no streams that NCCL could use" }, { LLMPAR_ERR_ARGUMENT, "slice = 2 bytes" }, { LLMPAR_ERR_ARGUMENT, "silence = 0.2" },
+        { LLMPAR_ERR_UNSUPPORTED, "has no streams that NCCL could use" }, { LLMPAR_ERR_UNSUPPORTED, "has no streams that NCCL could use" }, { LLMPAR_ERR_ARGUMENT, "slice = 2 bytes" }, { LLMPAR_ERR_ARGUMENT, "silence = 0.2" }, { LLMPAR_OK, "" },
     };
     rig_comm = odd_desc;
     for (odd_how = 0; odd_how < (int)(sizeof want / sizeof want[0]); odd_how++) {
         fake_nccl_reset();
+        elsewhere = odd_how == 9;
         run(3, NULL, several, NULL);
+        elsewhere = 0;
         CHECK_STATUS(seen.job, want[odd_how].status);
         if (want[odd_how].text[0]) CHECK_TEXT(seen.error.text, want[odd_how].text);
     }
@@ -674,5 +749,5 @@ TEST(split_without_memory)
     CHECK(k > 5 && k < 20);
 }
 
-TEST_LIST(T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
+TEST_LIST(T_(several_communicators_wait), T_(destroyed_in_any_order), T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
           T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))

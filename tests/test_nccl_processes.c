@@ -39,6 +39,7 @@ static void take_part(llmpar_transport transport, int rank, const llmpar_nccl_de
     CHECK_INT(fake_nccl.blocks, 0);
     CHECK_INT(fake_nccl.overlaps, 0);
     CHECK_INT(fake_nccl.mismatches, 0);
+    CHECK_INT(fake_nccl.misuse, 0);
     o->there = 1;
 }
 

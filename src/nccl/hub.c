@@ -218,10 +218,13 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
 static void llmpar__nccl_hub_groups(llmpar__nccl_world *world, llmpar__nccl_context *of)
 {
     int32_t *member = (int32_t *)malloc((size_t)of->members * sizeof *member);
-    int short_of_memory = !member;
+    int short_of_memory = !member, several = 0;
+    for (int32_t i = 0; i < of->members; i++)
+        for (int32_t j = 0; j < i && !several; j++) several = of->color[i] >= 0 && of->color[i] == of->color[j];
     for (int32_t i = 0; i < of->members && !short_of_memory; i++) {
         llmpar__nccl_group group;
         memset(&group, 0, sizeof group);
+        group.several = several;
         if (!of->waits[i]) continue;
         if (of->color[i] < 0) {
             of->waits[i] = 0;

@@ -153,6 +153,7 @@ static void llmpar__nccl_hello_fill(const llmpar__nccl_world *world, llmpar_stat
     hello->unchecked = world->desc.unchecked;
     hello->one_device = world->desc.one_device;
     snprintf(hello->host, sizeof hello->host, "%.63s", world->host);
+    llmpar__nccl_own_boot(hello->boot, sizeof hello->boot);
     if (world->device && world->device->name) snprintf(hello->device, sizeof hello->device, "%s", world->device->name);
     if (world->device && world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     if (st) hello->error = *world->error;
@@ -199,7 +200,7 @@ static int llmpar__nccl_foreign(const llmpar__nccl_stranger *s, uint64_t key, ll
 static int llmpar__nccl_ours(llmpar__nccl_hello *hello, uint64_t key)
 {
     if (memcmp(hello->magic, LLMPAR__NCCL_MAGIC, sizeof hello->magic) || hello->bytes != sizeof *hello || hello->version != LLMPAR_VERSION_NUMBER || hello->key != key) return 0;
-    hello->device[sizeof hello->device - 1] = hello->place[sizeof hello->place - 1] = hello->host[sizeof hello->host - 1] = 0;
+    hello->device[sizeof hello->device - 1] = hello->place[sizeof hello->place - 1] = hello->host[sizeof hello->host - 1] = hello->boot[sizeof hello->boot - 1] = 0;
     llmpar__nccl_mend_error(&hello->error);
     return 1;
 }
@@ -259,7 +260,7 @@ static void llmpar__nccl_neighbours(const llmpar__nccl_world *world, const llmpa
     char a[120], b[120];
     for (int32_t i = 0; i < world->ranks && !world->desc.one_device; i++)
         for (int32_t j = 0; j < i && all[i].place[0]; j++) {
-            if (strcmp(all[i].place, all[j].place) || strcmp(all[i].host, all[j].host)) continue;
+            if (strcmp(all[i].place, all[j].place) || strcmp(all[i].host, all[j].host) || strcmp(all[i].boot, all[j].boot)) continue; /* as NCCL itself tells machines apart */
             llmpar_error_set(error, LLMPAR_ERR_CONFIG, "nccl: %s and %s have the same GPU, %s (NCCL needs one a rank)", llmpar__nccl_name(&all[j], a), llmpar__nccl_name(&all[i], b), all[i].place);
             if (error->rank < 0) error->rank = i;
             return;

@@ -1,4 +1,5 @@
-/* memory: device memory that NCCL reaches without copies of its own: ncclMemAlloc in the place of the device's allocator.
+/* memory: device memory as NCCL wants it where it is to reach it without copies of its own: ncclMemAlloc in the place of the device's allocator. (For that it wants it registered with each communicator too,
+   ncclCommRegister, which nobody does yet: not without GPUs to see it on.)
 
    While a world lives, device->alloc and free are the functions below; blocks of 1 MiB and more come from NCCL (which gives whole pages of 2 MiB), smaller ones from the device. Every block of NCCL's is on a list, so
    that free knows whose it is, and blocks may be older than the world or outlive it. When the last world is gone and the last such block is back, the table is as it was. */

@@ -17,7 +17,7 @@ typedef struct llmpar_nccl_desc {
     double silence;            /* seconds without a sign of life after which a rank is given up (stopped, unreachable; a process that ends is noticed at once); default 0 = 10; negative = for ever */
     int32_t unchecked;         /* 1: the ranks do not compare their calls; default 0: they do, beside the data */
     size_t slice;              /* bytes that a reduction handles at a time, which bounds scratch (about three times as much device memory, taken at creation); default 0 = 16 MiB */
-    int32_t own_memory;        /* 1: the device keeps its own allocator; default 0: while the communicator lives, device->alloc takes blocks of 1 MiB and more from ncclMemAlloc, which NCCL reaches without copies */
+    int32_t own_memory;        /* 1: the device keeps its own allocator; default 0: while the communicator lives, device->alloc takes blocks of 1 MiB and more from ncclMemAlloc, as NCCL wants it where it is to reach memory without copies */
     int32_t one_device;        /* 1: several ranks may share a GPU, each taken for a machine of its own by NCCL (NCCL_HOSTID in its environment): for tests; default 0: two ranks on one GPU are refused by name */
     /* Where the ranks meet: the first of these that is given; default: ctx->host_comm (rank threads, MPI), else ctx->meeting (MASTER_ADDR and MASTER_PORT). */
     const char *file;          /* a path that all ranks see and nobody else uses: rank 0 writes its address there, and removes it when all have come, or it gives up */

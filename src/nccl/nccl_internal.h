@@ -6,6 +6,10 @@
 #include <nccl.h>
 #include <pthread.h>
 
+#if NCCL_VERSION_CODE < 22000
+#error "llmpar_nccl.h: needs NCCL 2.20 or later"
+#endif
+
 #define LLMPAR__NCCL_MAGIC "llmparN1"
 #define LLMPAR__NCCL_WORD 0x4c4c4e31u   /* begins every message: a stream out of step is noticed */
 #define LLMPAR__NCCL_WHO 1100
@@ -21,7 +25,7 @@ typedef struct llmpar__nccl_hello {
     uint64_t slice;
     int64_t pid;
     int32_t world, rank, nccl, fast, unchecked, one_device;
-    char device[128], place[32], host[64];
+    char device[128], place[32], host[64], boot[40]; /* boot: of the machine since it was started; machines may have one name */
     llmpar_error error;                  /* a rank that cannot take part says why */
 } llmpar__nccl_hello;
 
@@ -63,7 +67,7 @@ typedef struct llmpar__nccl_ask {
     llmpar_call call;
 } llmpar__nccl_ask;
 
-typedef struct llmpar__nccl_group { uint64_t context; int32_t ranks, rank; } llmpar__nccl_group;
+typedef struct llmpar__nccl_group { uint64_t context; int32_t ranks, rank, several, reserved; } llmpar__nccl_group; /* several: somebody's group has more ranks than one */
 
 typedef struct llmpar__nccl_verdict {
     llmpar_error error;
@@ -113,6 +117,13 @@ typedef struct llmpar__nccl_context {
 
 typedef struct llmpar__nccl_comm llmpar__nccl_comm;
 
+/* An NCCL communicator on its way out, in the hands of a thread of its own: see llmpar__nccl_bury. Of malloc: that thread may outlive the world. */
+typedef struct llmpar__nccl_grave {
+    struct llmpar__nccl_grave *next;
+    ncclComm_t nccl;
+    int aborts, over, holders; /* over, holders: atomic */
+} llmpar__nccl_grave;
+
 typedef struct llmpar__nccl_world {
     llmpar_heap *heap;
     llmpar_device *device;
@@ -152,7 +163,7 @@ typedef struct llmpar__nccl_world {
 
     pthread_mutex_t nccl_lock; /* around NCCL's calls, the list of communicators and their handles */
     llmpar__nccl_comm *first;
-    int32_t silenced;          /* all have been aborted */
+    llmpar__nccl_grave *graves;
 
     /* the rank's own thread */
     llmpar_event *last;        /* behind the last collective on a stream */
@@ -168,7 +179,7 @@ struct llmpar__nccl_comm {
     llmpar__nccl_world *world;
     llmpar__nccl_comm *next, **previous;
     ncclComm_t nccl;           /* NULL: one rank, or aborted */
-    ncclComm_t born;           /* a split of it that NCCL is making */
+    ncclComm_t *born;          /* of malloc: a split of it that NCCL is making */
     uint64_t context, calls;
     uint64_t *sent, *received; /* [ranks] messages to and from each member */
     int32_t *member;           /* [ranks] world ranks */
@@ -185,6 +196,7 @@ LLMPAR__PRIVATE int llmpar__nccl_accept_one(int listener);                      
 LLMPAR__PRIVATE int llmpar__nccl_split_address(const char *address, char host[256], int *port); /* 0: malformed */
 LLMPAR__PRIVATE size_t llmpar__nccl_own_addresses(char *text, size_t capacity);                 /* numeric, blanks between them; the loopback's last */
 LLMPAR__PRIVATE void llmpar__nccl_own_host(char *host, size_t capacity);
+LLMPAR__PRIVATE void llmpar__nccl_own_boot(char *boot, size_t capacity); /* empty: the system does not say */
 LLMPAR__PRIVATE int llmpar__nccl_send_all(int fd, const void *bytes, size_t count, double limit);  /* 1: done */
 LLMPAR__PRIVATE int llmpar__nccl_receive_all(int fd, void *bytes, size_t count, double limit);     /* 1: done; 0: over; -1: time is up */
 LLMPAR__PRIVATE int llmpar__nccl_readable(int fd, double seconds);
@@ -224,6 +236,10 @@ LLMPAR__PRIVATE void llmpar__nccl_hub_look(llmpar__nccl_world *world);
 /* watch.c */
 LLMPAR__PRIVATE llmpar_status llmpar__nccl_watch_begin(llmpar__nccl_world *world); /* the helper thread */
 LLMPAR__PRIVATE void llmpar__nccl_watch_end(llmpar__nccl_world *world);
+/* Under nccl_lock: ncclCommAbort or ncclCommDestroy on a thread of its own, to whom the handle belongs from now on. */
+LLMPAR__PRIVATE void llmpar__nccl_bury(llmpar__nccl_world *world, ncclComm_t nccl, int aborts);
+/* Without: waits for these threads, for so many seconds at most. 0: some are not through. */
+LLMPAR__PRIVATE int llmpar__nccl_buried(llmpar__nccl_world *world, double seconds);
 /* Under the lock: the job has failed, by rank 0's word. final: it knows who was where. */
 LLMPAR__PRIVATE void llmpar__nccl_convicted(llmpar__nccl_world *world, const llmpar__nccl_verdict *verdict, int final);
 LLMPAR__PRIVATE void llmpar__nccl_fail(llmpar__nccl_world *world, const llmpar_error *error);                         /* without: this rank has */

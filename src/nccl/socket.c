@@ -225,6 +225,15 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_own_host(char *host, size_t capacity)
     host[capacity - 1] = 0;
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__nccl_own_boot(char *boot, size_t capacity)
+{
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd >= 0 ? read(fd, boot, capacity - 1) : 0;
+    if (fd >= 0) close(fd);
+    boot[got > 0 ? got : 0] = 0;
+    boot[strcspn(boot, "\n")] = 0;
+}
+
 LLMPAR__PRIVATE_DEF size_t llmpar__nccl_own_addresses(char *text, size_t capacity)
 {
     struct ifaddrs *all = NULL;

@@ -4,12 +4,16 @@
    failed it aborts every communicator: kernels that wait for a partner end, the streams go on, and behind each collective a host call finds the failure and makes it the stream's. So a rank that waits for its GPU in
    synchronize gets the job's error from there, whatever it waited for.
 
+   NCCL's end of a communicator waits until this rank's streams have come past its kernels, and until the peers of this machine have let go of theirs. So communicators are aborted all at once, each by a thread of its
+   own: one by one, the first would wait for a kernel behind that of another, which waits for a partner that is gone. And nobody waits for these threads without limit: a peer that is stopped never lets go.
+
    An error that NCCL reports is often the echo of a peer's end: for a while it is kept back, in case the control plane knows better. */
 #include "nccl/nccl.h"
 #include "nccl/nccl_internal.h"
 
 #include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -185,6 +189,56 @@ static void llmpar__nccl_inquire(llmpar__nccl_world *world)
     llmpar__nccl_fail(world, &error);
 }
 
+static void llmpar__nccl_leave(llmpar__nccl_grave *grave)
+{
+    if (__atomic_sub_fetch(&grave->holders, 1, __ATOMIC_SEQ_CST) == 0) free(grave);
+}
+
+static void *llmpar__nccl_dig(void *arg)
+{
+    llmpar__nccl_grave *grave = (llmpar__nccl_grave *)arg;
+    if (grave->aborts) ncclCommAbort(grave->nccl);
+    else ncclCommDestroy(grave->nccl);
+    __atomic_store_n(&grave->over, 1, __ATOMIC_SEQ_CST);
+    llmpar__nccl_leave(grave);
+    return NULL;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__nccl_bury(llmpar__nccl_world *world, ncclComm_t nccl, int aborts)
+{
+    llmpar__nccl_grave alone, *grave = (llmpar__nccl_grave *)malloc(sizeof *grave); /* the heap belongs to the rank's thread */
+    pthread_t thread;
+    int kept = grave != NULL;
+    if (!kept) grave = &alone;
+    grave->nccl = nccl;
+    grave->aborts = aborts;
+    grave->over = 0;
+    grave->holders = 2;
+    grave->next = world->graves;
+    if (kept) world->graves = grave;
+    if (!kept || pthread_create(&thread, NULL, llmpar__nccl_dig, grave)) llmpar__nccl_dig(grave);
+    else pthread_detach(thread);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__nccl_buried(llmpar__nccl_world *world, double seconds)
+{
+    for (double limit = llmpar__nccl_now() + seconds;;) {
+        pthread_mutex_lock(&world->nccl_lock);
+        for (llmpar__nccl_grave **at = &world->graves, *grave; (grave = *at) != NULL;) {
+            if (!__atomic_load_n(&grave->over, __ATOMIC_SEQ_CST)) {
+                at = &grave->next;
+                continue;
+            }
+            *at = grave->next;
+            llmpar__nccl_leave(grave);
+        }
+        int over = !world->graves;
+        pthread_mutex_unlock(&world->nccl_lock);
+        if (over || llmpar__nccl_now() > limit) return over;
+        llmpar__nccl_nap(0.0002);
+    }
+}
+
 /* Frees the GPU. A thread inside an NCCL call leaves it soon; but one that launches a kernel may wait for room in a queue that only the abort gets moving. */
 static void llmpar__nccl_silence(llmpar__nccl_world *world)
 {
@@ -195,10 +249,8 @@ static void llmpar__nccl_silence(llmpar__nccl_world *world)
         if (!locked) llmpar__nccl_nap(0.0005);
     }
     for (llmpar__nccl_comm *tc = world->first; tc; tc = tc->next) {
-        if (!tc->nccl) continue;
-        ncclComm_t nccl = tc->nccl;
+        if (tc->nccl) llmpar__nccl_bury(world, tc->nccl, 1);
         tc->nccl = NULL;
-        ncclCommAbort(nccl);
     }
     if (locked) pthread_mutex_unlock(&world->nccl_lock);
 }

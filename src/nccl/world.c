@@ -1,14 +1,15 @@
 /* world: communicators on NCCL: the world, its splits, and their end.
 
      create   checks -> meeting (meet.c) -> helper thread -> ncclCommInitRankConfig -> scratch, allocator
-     split    color and key to rank 0 -> group -> ncclCommSplit of all members, also those that end up alone
-     destroy  waits for the last collective -> ncclCommFinalize, ncclCommDestroy; with the last communicator: farewell, helper, connections
+     split    color and key to rank 0 -> group -> ncclCommSplit of all members, unless all end up alone
+     destroy  waits for the last collective -> ncclCommFinalize, ncclCommDestroy (beside this thread: it waits for the peers'); with the last communicator: farewell, helper, connections
 
    All communicators are non-blocking, so that a thread never stays in NCCL while the job fails elsewhere. */
 #include "nccl/nccl.h"
 #include "nccl/nccl_internal.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define LLMPAR__NCCL_FAREWELL 3.0 /* seconds for which goodbyes are exchanged, and after a failure rank 0 waits for the others */
@@ -101,6 +102,11 @@ static void llmpar__nccl_world_free(llmpar__nccl_world *world)
     llmpar_device *device = world->device;
     llmpar__nccl_farewell(world);
     llmpar__nccl_watch_end(world);
+    llmpar__nccl_buried(world, 2 * LLMPAR__NCCL_FAREWELL); /* who is not through by then has a peer that never lets go */
+    for (llmpar__nccl_grave *grave = world->graves, *next; grave; grave = next) {
+        next = grave->next;
+        if (__atomic_sub_fetch(&grave->holders, 1, __ATOMIC_SEQ_CST) == 0) free(grave);
+    }
     if (world->last) device->event_destroy(device, world->last);
     if (world->scratch) device->free(device, world->scratch, world->scratch_bytes);
     if (world->remembers) llmpar__nccl_memory_end(device);
@@ -222,10 +228,10 @@ static void llmpar__nccl_end(llmpar__nccl_comm *tc)
         llmpar__nccl_nap(0.0002);
         pthread_mutex_lock(&world->nccl_lock);
     }
-    if (tc->nccl && state == ncclSuccess) ncclCommDestroy(tc->nccl);
-    else if (tc->nccl) ncclCommAbort(tc->nccl);
+    if (tc->nccl) llmpar__nccl_bury(world, tc->nccl, state != ncclSuccess);
     tc->nccl = NULL;
     pthread_mutex_unlock(&world->nccl_lock);
+    if (!__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) llmpar__nccl_buried(world, LLMPAR__NCCL_FAREWELL); /* ranks may destroy in different orders: not until all have come */
 }
 
 static void llmpar__nccl_destroy(llmpar_comm *comm)
@@ -268,18 +274,52 @@ static llmpar_status llmpar__nccl_ask_group(llmpar__nccl_comm *tc, const llmpar_
     return there ? LLMPAR_OK : llmpar__nccl_sound(tc, call);
 }
 
-/* A split has failed, and a thread of NCCL may still be at work on it: the helper's abort of the parent waits for that one. */
-static void llmpar__nccl_unborn(llmpar__nccl_comm *tc)
+/* A split has failed, and a thread of NCCL may still be at work on it: the abort of the parent waits for that one. 0: still is. */
+static int llmpar__nccl_unborn(llmpar__nccl_comm *tc)
 {
     llmpar__nccl_world *world = tc->world;
     int there = 1;
     for (double limit = llmpar__nccl_now() + 3 * LLMPAR__NCCL_FAREWELL; there && llmpar__nccl_now() < limit;) {
         pthread_mutex_lock(&world->nccl_lock);
         there = tc->nccl != NULL;
-        if (!there && tc->born) ncclCommAbort(tc->born);
         pthread_mutex_unlock(&world->nccl_lock);
         if (there) llmpar__nccl_nap(0.001);
     }
+    if (there || !llmpar__nccl_buried(world, LLMPAR__NCCL_FAREWELL)) return 0;
+    pthread_mutex_lock(&world->nccl_lock);
+    if (*tc->born) llmpar__nccl_bury(world, *tc->born, 1);
+    pthread_mutex_unlock(&world->nccl_lock);
+    return 1;
+}
+
+/* NCCL's part of a split: made's communicator, if it has several ranks. Everybody has a color, its group's first rank or itself: where such a split fails, NCCL crashes on a rank without (seen in the source of 2.20 to
+   2.30). So who is alone gets one too, and lets it go. */
+static llmpar_status llmpar__nccl_bear(llmpar__nccl_comm *tc, const llmpar_call *call, const llmpar__nccl_group *group, llmpar__nccl_comm *made)
+{
+    llmpar__nccl_world *world = tc->world;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    ncclResult_t result = ncclInvalidUsage;
+    int over = 1;
+    tc->born = (ncclComm_t *)calloc(1, sizeof *tc->born);
+    if (!tc->born) return llmpar__nccl_failed(tc, llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for a split", tc->axis));
+    config.blocking = 0;
+    pthread_mutex_lock(&world->nccl_lock);
+    if (tc->nccl) result = ncclCommSplit(tc->nccl, group->ranks > 1 ? world->group_member[0] : world->rank, group->rank, tc->born, &config);
+    pthread_mutex_unlock(&world->nccl_lock);
+    llmpar_status st = llmpar__nccl_settle(tc, call, "ncclCommSplit", result); /* NCCL sets the new handle before it says so of the parent */
+    if (st) {
+        over = llmpar__nccl_unborn(tc);
+    } else {
+        pthread_mutex_lock(&world->nccl_lock);
+        if (group->ranks > 1) made->nccl = *tc->born;
+        else if (*tc->born) llmpar__nccl_bury(world, *tc->born, 1);
+        result = group->ranks > 1 && made->nccl ? ncclInProgress : group->ranks > 1 ? ncclInternalError : ncclSuccess;
+        pthread_mutex_unlock(&world->nccl_lock);
+        if (group->ranks > 1) st = llmpar__nccl_settle(made, call, "ncclCommSplit", result);
+    }
+    if (over) free(tc->born); /* else NCCL will write there */
+    tc->born = NULL;
+    return st;
 }
 
 static llmpar_status llmpar__nccl_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
@@ -308,22 +348,7 @@ static llmpar_status llmpar__nccl_split(llmpar_comm *comm, int32_t color, int32_
     }
     if (group.ranks) st = llmpar__nccl_make(world, world->group_member, group.ranks, group.rank, group.context, name, &made);
     if (st) return llmpar__nccl_failed(tc, st); /* the others wait in NCCL, and hear of it there */
-    if (comm->ranks > 1) {
-        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-        ncclResult_t result = ncclInvalidUsage;
-        config.blocking = 0;
-        pthread_mutex_lock(&world->nccl_lock);
-        tc->born = NULL;
-        if (tc->nccl) result = ncclCommSplit(tc->nccl, group.ranks > 1 ? world->group_member[0] : NCCL_SPLIT_NOCOLOR, group.ranks > 1 ? group.rank : 0, &tc->born, &config);
-        pthread_mutex_unlock(&world->nccl_lock);
-        st = llmpar__nccl_settle(tc, &call, "ncclCommSplit", result); /* NCCL sets the new handle before it says so of the parent */
-        if (st) llmpar__nccl_unborn(tc);
-        pthread_mutex_lock(&world->nccl_lock);
-        if (!st && made) made->nccl = tc->born;
-        result = made && made->nccl ? ncclInProgress : ncclInternalError;
-        pthread_mutex_unlock(&world->nccl_lock);
-        if (!st && made && group.ranks > 1) st = llmpar__nccl_settle(made, &call, "ncclCommSplit", result);
-    }
+    if (comm->ranks > 1 && group.several) st = llmpar__nccl_bear(tc, &call, &group, made);
     if (st) {
         if (made) llmpar__nccl_destroy(&made->comm);
         return st;
