@@ -379,6 +379,14 @@ static llmpar_status llmpar__cuda_rmsnorm_backward(llmpar_device *device, llmpar
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "rmsnorm_backward: %lld leaves for batch %lld, canon %d: expected leaves that divide the batch, canon >= 1", (long long)tokens->leaves, (long long)tokens->batch, (int)tokens->canon);
     if (tokens->batch > 0 && tokens->t > ((int64_t)1 << 30) / tokens->batch - 1)
         return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "rmsnorm_backward: %lld sequences of %lld rows, expected less than 2^30 rows in all on device %s", (long long)tokens->batch, (long long)tokens->t, device->name);
-    LLMPAR__CUDA_BY_DTYPE(args->dtype, llmpar__cuda_norm_run_backward, device, stream, args);
+    /* FAST, and the plain order that nothing guarantees (exact = off): one chain over all tokens, which a handful of blocks would walk. Eight pieces of all rows instead. */
+    llmpar_rmsnorm_backward_args own = *args;
+    if (llmpar__cuda_of(device)->desc.mode == LLMPAR_CUDA_FAST && tokens->leaves == 1 && tokens->canon == 1) {
+        own.tokens.t = own.tokens.t_total = tokens->batch * tokens->t;
+        own.tokens.batch = 1;
+        own.tokens.t_begin = 0;
+        own.tokens.canon = LLMPAR__CUDA_ROW_WARPS;
+    }
+    LLMPAR__CUDA_BY_DTYPE(args->dtype, llmpar__cuda_norm_run_backward, device, stream, &own);
     return llmpar__cuda_end(device, stream, "rmsnorm_backward");
 }
