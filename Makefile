@@ -382,9 +382,10 @@ NVCC = nvcc
 # Which GPUs `make cuda` compiles for: all, or native (this machine's).
 CUDA_FOR = all
 cuda_home = $(dir $(shell dirname $$(readlink -f $$(command -v $(NVCC)))))
-cuda_libs = -lcublasLt $(if $(CUDNN),-lcudnn -lnvrtc) -Xlinker -rpath=$(cuda_home)lib64 $(LDLIBS)
-# CUDNN=1: with cuDNN's attention (--cudnn). CUDNN_FRONTEND: the folder that cudnn_frontend.h is in, if nvcc does not know it.
+cuda_libs = -lcublasLt $(if $(CUDNN),$(if $(CUDNN_HOME),-L$(CUDNN_HOME)/lib -Xlinker -rpath=$(CUDNN_HOME)/lib -l:libcudnn.so.9,-lcudnn) -lnvrtc) -Xlinker -rpath=$(cuda_home)lib64 $(LDLIBS)
+# CUDNN=1: with cuDNN's attention (--cudnn). CUDNN_FRONTEND: the folder that cudnn_frontend.h is in, CUDNN_HOME: that of cuDNN's include and lib (of PyTorch's wheels: nvidia/cudnn), if nvcc does not know them.
 CUDNN =
+CUDNN_HOME =
 CUDNN_FRONTEND =
 nccl_libs = -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -Xlinker -rpath=$(NCCL_HOME)/lib -l:libnccl.so.2
 # Where the object of nvcc and what is linked with it are: tools/check_cuda.sh has another one.
@@ -394,7 +395,7 @@ cuda:
 	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory $(CUDA_ROOM)/llmpar_cuda.o
 $(CUDA_ROOM)/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++17 -O3 -t 0 -lineinfo $$(tools/cuda_flags.sh $(NVCC) $(CUDA_FOR)) --Werror all-warnings -DLLMPAR_CUDA_IMPLEMENTATION $(if $(CUDNN),-DLLMPAR_USE_CUDNN $(CUDNN_FRONTEND:%=-I%)) -x cu -c $< -o $@
+	$(NVCC) -std=c++17 -O3 -t 0 -lineinfo $$(tools/cuda_flags.sh $(NVCC) $(CUDA_FOR)) --Werror all-warnings -DLLMPAR_CUDA_IMPLEMENTATION $(if $(CUDNN),-DLLMPAR_USE_CUDNN $(CUDNN_FRONTEND:%=-I%) $(CUDNN_HOME:%=-I%/include)) -x cu -c $< -o $@
 $(CUDA_ROOM)/test_%: tests/test_%.c $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB)
 	@$(NVCC) -O1 -g -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ $(cuda_libs)
 $(CUDA_ROOM)/gpu_%: bench/gpu_%.c $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB) $(wildcard bench/*.h)

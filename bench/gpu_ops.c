@@ -8,9 +8,9 @@
 #include "bench.h"
 #include "llmpar_cuda.h"
 
-enum { NORM, NORM_RESIDUAL, NORM_BACKWARD, NORM_IN_PLACE, NORM_LONG, ROPE, SWIGLU, SWIGLU_BACKWARD, EMBEDDING, EMBEDDING_BACKWARD, XENT_MAX, XENT_SUM, XENT_BACKWARD, ADD, SCALE, COPY_ROWS, TO_HALF, FROM_HALF, TREE2, TREE8, MAX2, ADAMW, SGD, SQUARE_SUM, LARGEST, FACTOR_SUM, ADALOMO_SQUARE, ADALOMO, OPERATIONS };
+enum { NORM, NORM_RESIDUAL, NORM_BACKWARD, NORM_IN_PLACE, NORM_LONG, NORM_PLAIN, ROPE, SWIGLU, SWIGLU_BACKWARD, EMBEDDING, EMBEDDING_BACKWARD, XENT_MAX, XENT_SUM, XENT_BACKWARD, ADD, SCALE, COPY_ROWS, TO_HALF, FROM_HALF, TREE2, TREE8, MAX2, ADAMW, SGD, SQUARE_SUM, LARGEST, FACTOR_SUM, ADALOMO_SQUARE, ADALOMO, OPERATIONS };
 static const struct { const char *name; int f32_only; } operation[OPERATIONS] = {
-    {"rmsnorm", 0}, {"rmsnorm, residual", 0}, {"rmsnorm backward", 0}, {"rmsnorm backward, in place", 0}, {"rmsnorm backward, one sequence", 0}, {"rope", 0}, {"swiglu", 0}, {"swiglu backward", 0}, {"embedding", 0}, {"embedding backward", 0}, {"xent max", 0}, {"xent sum", 0},
+    {"rmsnorm", 0}, {"rmsnorm, residual", 0}, {"rmsnorm backward", 0}, {"rmsnorm backward, in place", 0}, {"rmsnorm backward, one sequence", 0}, {"rmsnorm backward, fast", 0}, {"rope", 0}, {"swiglu", 0}, {"swiglu backward", 0}, {"embedding", 0}, {"embedding backward", 0}, {"xent max", 0}, {"xent sum", 0},
     {"xent backward", 0}, {"add", 0}, {"scale", 0}, {"copy rows", 0}, {"cast to bf16", 1}, {"cast from bf16", 1}, {"tree sum of 2", 1}, {"tree sum of 8", 1}, {"max of 2", 1}, {"adamw", 1}, {"sgd with momentum", 1}, {"square sum", 1}, {"largest", 1}, {"factor sum", 1}, {"adalomo square", 1}, {"adalomo", 1},
 };
 
@@ -77,12 +77,13 @@ static llmpar_status call_rows(bench_case *c, char *base)
         if (c->op == NORM_RESIDUAL) { a.residual = x[2]; a.sum = x[3]; }
         return d->rmsnorm(d, stream, &a);
     }
-    if (c->op == NORM_BACKWARD || c->op == NORM_IN_PLACE || c->op == NORM_LONG) {
+    if (c->op == NORM_BACKWARD || c->op == NORM_IN_PLACE || c->op == NORM_LONG || c->op == NORM_PLAIN) {
         llmpar_rmsnorm_backward_args a;
         memset(&a, 0, sizeof a);
         a.tokens.batch = a.tokens.leaves = c->op == NORM_LONG ? 1 : s->batch;
         a.tokens.t = a.tokens.t_total = rows / a.tokens.batch;
         a.tokens.canon = 8;
+        if (c->op == NORM_PLAIN) a.tokens.leaves = a.tokens.canon = 1; /* no order asked for, in FAST mode: what bench/gpu_train has */
         a.dim = s->dim; a.dy = x[0]; a.x = x[1]; a.w = side; a.rstd = side + s->dim; a.dw_leaves = side + s->dim + rows; a.dtype = c->dtype;
         if (c->op == NORM_IN_PLACE) a.dx = x[0];
         else { a.dresidual = x[2]; a.dx = x[3]; }
@@ -253,7 +254,7 @@ static void memory_operation(bench_results *results, bench_case *c, bench_case *
 {
     const shape *s = &c->s;
     const double size = (double)llmpar_dtype_size(c->dtype), n = (double)(s->batch * s->t * s->dim), wide = (double)(s->batch * s->t * s->hidden), logits = (double)(s->head_rows * s->vocab), flat = 4.0 * (double)s->flat;
-    const double arrays[OPERATIONS] = { [NORM] = 2, [NORM_RESIDUAL] = 4, [NORM_BACKWARD] = 4, [NORM_IN_PLACE] = 3, [NORM_LONG] = 4, [ROPE] = 2, [SWIGLU] = 3, [SWIGLU_BACKWARD] = 6, [EMBEDDING] = 2, [XENT_MAX] = 1, [XENT_SUM] = 1, [XENT_BACKWARD] = 2, [ADD] = 3, [SCALE] = 2, [COPY_ROWS] = 2,
+    const double arrays[OPERATIONS] = { [NORM] = 2, [NORM_RESIDUAL] = 4, [NORM_BACKWARD] = 4, [NORM_IN_PLACE] = 3, [NORM_LONG] = 4, [NORM_PLAIN] = 4, [ROPE] = 2, [SWIGLU] = 3, [SWIGLU_BACKWARD] = 6, [EMBEDDING] = 2, [XENT_MAX] = 1, [XENT_SUM] = 1, [XENT_BACKWARD] = 2, [ADD] = 3, [SCALE] = 2, [COPY_ROWS] = 2,
                                         [TO_HALF] = 1.5, [FROM_HALF] = 1.5, [TREE2] = 3, [TREE8] = 9, [MAX2] = 3, [ADAMW] = 7, [SGD] = 5, [SQUARE_SUM] = 1, [LARGEST] = 1, [FACTOR_SUM] = 1, [ADALOMO_SQUARE] = 1, [ADALOMO] = 3 };
     const double places[OPERATIONS] = { [SWIGLU] = 3, [SWIGLU_BACKWARD] = 3, [XENT_MAX] = 1, [XENT_SUM] = 1, [XENT_BACKWARD] = 1, [TREE2] = 3, [TREE8] = 9, [MAX2] = 3, [ADAMW] = 4, [SGD] = 3 };
     char line[120];
@@ -289,7 +290,7 @@ static void memory_operation(bench_results *results, bench_case *c, bench_case *
     bench_row(results, line, "GB/s", 1e-9, "copy", r, c->milliseconds > 0 ? 0.85 : 0);
 }
 
-static void memory_operations(bench_results *results, gpu *g, const shape *s, const char *type, const char *name, int small, int pairs)
+static void memory_operations(bench_results *results, gpu *g, gpu *fast, const shape *s, const char *type, const char *name, int small, int pairs)
 {
     bench_case c, copy;
     llmpar_embedding_backward_args e;
@@ -328,7 +329,10 @@ static void memory_operations(bench_results *results, gpu *g, const shape *s, co
         c.dtype = half ? LLMPAR_BF16 : LLMPAR_F32;
         if (type && strcmp(type, llmpar_dtype_name(c.dtype))) continue;
         for (c.op = 0; c.op < OPERATIONS; c.op++)
-            if (!(half && operation[c.op].f32_only) && !(name && strcmp(name, operation[c.op].name))) memory_operation(results, &c, &copy, pairs);
+            if (!(half && operation[c.op].f32_only) && !(name && strcmp(name, operation[c.op].name))) {
+                c.gpu = c.op == NORM_PLAIN ? fast : g;
+                memory_operation(results, &c, &copy, pairs);
+            }
     }
     g->device->free(g->device, c.pool, c.pool_bytes);
     g->device->free(g->device, c.side, c.side_bytes);
@@ -525,7 +529,7 @@ int main(int argc, char **argv)
     gpu_open(&exact, LLMPAR_CUDA_EXACT, 0);
     gpu_open(&fast, LLMPAR_CUDA_FAST, cudnn);
     printf("%s\n", exact.device->name);
-    if (!name || (strcmp(name, "product") && strcmp(name, "attention"))) memory_operations(&results, &exact, s, type, name, small, small ? 1 : 11);
+    if (!name || (strcmp(name, "product") && strcmp(name, "attention"))) memory_operations(&results, &exact, &fast, s, type, name, small, small ? 1 : 11);
     if (!name || !strcmp(name, "product")) products(&results, &exact, &fast, s, type, small, small ? 1 : 5);
     if ((!name || !strcmp(name, "attention")) && (!type || !strcmp(type, "bf16"))) attentions(&results, &exact, &fast, s, cudnn, small, small ? 1 : 5);
     gpu_close(&fast);

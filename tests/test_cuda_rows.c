@@ -238,6 +238,47 @@ TEST(norm_backward)
     if (!cuda_small()) for (int i = 0; i < WAYS; i++) back_case(way_of(i), 8, 300, 8, 8, 2048);
 }
 
+/* FAST without an order that is guaranteed (canon 1, one leaf): parts of all tokens, not one chain, the same in every call. With one, its order. */
+TEST(norm_plain)
+{
+    CUDA_OPEN();
+    llmpar_device *exact = cuda_gpu, *fast = NULL;
+    llmpar_cuda_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.mode = LLMPAR_CUDA_FAST;
+    CUDA_OK(llmpar_cuda_create(&cuda_ctx, &desc, &fast));
+    for (int i = 0; i < 2 * WAYS; i++) {
+        way w = way_of(i % WAYS);
+        int plain = i < WAYS;
+        const int64_t batch = i % 2 ? 4 : 1 + ops_below(5), t = i % 2 ? 64 : 1 + ops_below(20), dim = i % 3 == 2 ? 136 : 1 + ops_below(90);
+        back b = back_make(w, batch, t, 1, plain ? 1 : 2, dim);
+        float *dw = (float *)calloc((size_t)dim, sizeof *dw);
+        double *dx = ops_zeros(batch * t * dim), *want = ops_zeros(dim), most = 0;
+        back_order(&b, dw);
+        cuda_gpu = exact;
+        back_run(w, &b, 0);
+        memcpy(dx, b.dx, (size_t)(batch * t * dim) * sizeof *dx);
+        cuda_gpu = fast;
+        back_run(w, &b, i % 3);
+        back_same("plain order", &b, dx, plain ? NULL : dw);
+        for (int64_t k = 0; k < batch * t * dim; k++) {
+            double one = b.dy[k] * b.x[k] * b.rstd[k / dim];
+            want[k % dim] += one;
+            most = fabs(one) > most ? fabs(one) : most;
+        }
+        cuda_near("plain order, dw", b.dw, want, dim, (double)(batch * t + 8) * (double)(batch * t) * U * most, 0);
+        for (int64_t k = 0; k < dim; k++) dw[k] = (float)b.dw[k];
+        back_run(w, &b, (i + 1) % 3);
+        back_same("plain order again", &b, dx, dw);
+        back_free(&b);
+        free(dw);
+        free(dx);
+        free(want);
+    }
+    cuda_gpu = exact;
+    llmpar_cuda_destroy(fast);
+}
+
 /* A sequence in parts, as sequence parallelism has it: the tree over the parts' sums is the whole's. */
 TEST(norm_pieces)
 {
@@ -490,4 +531,4 @@ TEST(refusals)
     cuda_done();
 }
 
-TEST_LIST(T_(norm), T_(norm_backward), T_(norm_pieces), T_(rope), T_(swiglu), T_(add_and_scale), T_(copy_rows), T_(refusals), T_(cuda_end))
+TEST_LIST(T_(norm), T_(norm_backward), T_(norm_plain), T_(norm_pieces), T_(rope), T_(swiglu), T_(add_and_scale), T_(copy_rows), T_(refusals), T_(cuda_end))

@@ -224,29 +224,46 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 }
 
 /* out[token, kv, :] = tree over the group's heads: groups of `odd` heads, cut at the largest power of two below, and 2^n of these cut in halves. Both are the binary tree over places of which those behind the
-   odd heads are empty: +0, which changes no sum, since none is -0. */
-static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a, int64_t count, int odd, int places)
+   odd heads are empty: +0, which changes no sum, since none is -0. A thread takes Width neighbours; count: of such, in dk. */
+template <int Width> static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a, int64_t count, int odd, int places)
 {
     int64_t e = a.head_dim, stride = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < 2 * count; i += stride) {
-        int64_t at = i < count ? i : i - count, x = at % e, kv = at / e % a.kv_heads, token = at / e / a.kv_heads;
+        int64_t at = i < count ? i : i - count, row = llmpar__cuda_divide(at, e / Width), x = (at - row * (e / Width)) * Width, token = llmpar__cuda_divide(row, a.kv_heads), kv = row - token * a.kv_heads;
         const float *in = (i < count ? a.dk_heads : a.dv_heads) + (token * a.heads + kv * a.group) * e + x;
         void *out = i < count ? a.dk : a.dv;
         int64_t to = token * (i < count ? a.ld_dk : a.ld_dv) + kv * e + x;
-        float level[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, sum = 0;
-        int steps = a.group / odd * places;
-        for (int s = 0; s < steps; s++) {
-            int done = 0;
-            sum = s % places < odd ? in[(s / places * odd + s % places) * e] : 0.0f;
+        float level[8][Width], sum[Width];
+        int s = 0;
 #pragma unroll
-            for (int l = 0; l < 8; l++) {
-                if (!done && (s >> l & 1)) sum = __fadd_rn(level[l], sum);
-                else if (!done) { level[l] = sum; done = 1; }
+        for (int l = 0; l < 8; l++)
+#pragma unroll
+            for (int k = 0; k < Width; k++) level[l][k] = sum[k] = 0;
+        for (int first = 0; first < a.group; first += odd)
+            for (int place = 0; place < places; place++, s++) {
+                int done = 0;
+                llmpar__cuda_16 four = { { 0, 0, 0, 0 } };
+                if (place < odd && Width == 4) four = *(const llmpar__cuda_16 *)(const void *)(in + (first + place) * e);
+                else if (place < odd) four.word[0] = __float_as_uint(in[(first + place) * e]);
+#pragma unroll
+                for (int k = 0; k < Width; k++) sum[k] = __uint_as_float(four.word[k]);
+#pragma unroll
+                for (int l = 0; l < 8; l++) {
+                    if (done) continue;
+                    done = !(s >> l & 1);
+#pragma unroll
+                    for (int k = 0; k < Width; k++) {
+                        if (done) level[l][k] = sum[k];
+                        else sum[k] = __fadd_rn(level[l][k], sum[k]);
+                    }
+                }
             }
+#pragma unroll
+        for (int k = 0; k < Width; k++) {
+            if (a.dkv_float) ((float *)out)[to + k] = sum[k];
+            else if (a.dtype == LLMPAR_BF16) llmpar__cuda_store((llmpar__cuda_bf16 *)out + to + k, sum[k]);
+            else llmpar__cuda_store((llmpar__cuda_f16 *)out + to + k, sum[k]);
         }
-        if (a.dkv_float) ((float *)out)[to] = sum;
-        else if (a.dtype == LLMPAR_BF16) llmpar__cuda_store((llmpar__cuda_bf16 *)out + to, sum);
-        else llmpar__cuda_store((llmpar__cuda_f16 *)out + to, sum);
     }
 }
 
@@ -451,7 +468,8 @@ static llmpar_status llmpar__cuda_attention_backward_part(llmpar_device *device,
         int odd = a->group, places = 1;
         while (odd % 2 == 0) odd /= 2;
         while (places < odd) places *= 2;
-        llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree, dim3(llmpar__cuda_blocks(cuda, 2 * count, 256, 8)), dim3(256), 0, *a, count, odd, places);
+        if (a->head_dim % 4 == 0) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<4>, dim3(llmpar__cuda_blocks(cuda, count / 2, 256, 8)), dim3(256), 0, *a, count / 4, odd, places);
+        else llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<1>, dim3(llmpar__cuda_blocks(cuda, 2 * count, 256, 8)), dim3(256), 0, *a, count, odd, places);
     }
     return status;
 }

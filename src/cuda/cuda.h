@@ -4,7 +4,7 @@
 
 #include "llmpar.h"
 
-/* EXACT: own kernels with one order for every sum: the same bits on every mesh of one device type (docs/exact.md). FAST: products and attention of the vendor's libraries, in their order. */
+/* EXACT: own kernels with one order for every sum: the same bits on every mesh of one device type (docs/exact.md). FAST: products and attention of the vendor's libraries, in their order; with canon 1 (exact off) sums for norm weights in parts. */
 typedef enum llmpar_cuda_mode { LLMPAR_CUDA_DEFAULT = 0 /* EXACT */, LLMPAR_CUDA_EXACT = 1, LLMPAR_CUDA_FAST = 2 } llmpar_cuda_mode;
 
 typedef struct llmpar_cuda_desc {

@@ -175,6 +175,13 @@ static __device__ __forceinline__ float llmpar__cuda_minus_infinity() { return _
 /* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
 template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T a, T b) { return a != a || a > b ? a : b; }
 
+/* a / b for a >= 0, b > 0. Most fit 32 bits, where the division is much shorter. */
+static __device__ __forceinline__ int64_t llmpar__cuda_divide(int64_t a, int64_t b)
+{
+    if (((uint64_t)(a | b) >> 32) == 0) return (int64_t)((uint32_t)a / (uint32_t)b);
+    return a / b;
+}
+
 /* The same cuts as base/size.h, on the device. */
 static __host__ __device__ __forceinline__ int64_t llmpar__cuda_piece_begin(int64_t i, int64_t grains, int64_t pieces) { return i * grains / pieces; }
 

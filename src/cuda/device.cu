@@ -99,7 +99,7 @@ static unsigned llmpar__cuda_blocks(const llmpar__cuda *cuda, int64_t count, uns
 static llmpar_status llmpar__cuda_memory(llmpar_device *device, cudaError_t code, const char *kind, size_t bytes)
 {
     size_t left = 0, total = 0;
-    if (code != cudaErrorMemoryAllocation) return llmpar__cuda_check(device, code, kind);
+    if (code != cudaErrorMemoryAllocation && code != cudaErrorInvalidValue) return llmpar__cuda_check(device, code, kind); /* the latter: more than there are addresses for */
     (void)cudaGetLastError();
     if (cudaMemGetInfo(&left, &total) != cudaSuccess) (void)cudaGetLastError();
     return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "device %s: no %s for %llu bytes (%llu of the device's %llu are free)", device->name, kind, (unsigned long long)bytes, (unsigned long long)left, (unsigned long long)total);

@@ -88,7 +88,7 @@ static cublasStatus_t llmpar__cuda_library_choose(const llmpar__cuda *cuda, llmp
     cublasLtMatmulPreferenceOpaque_t preference;
     cublasLtMatmulHeuristicResult_t result;
     const llmpar__cuda_product_shape *shape = &product->shape;
-    uint32_t align_a = (uint32_t)shape->align_b, align_b = (uint32_t)shape->align_a, align_c = (uint32_t)shape->align_c;
+    uint32_t align_a = (uint32_t)shape->align_b, align_b = (uint32_t)shape->align_a, align_c = (uint32_t)shape->align_c, reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     int found = 0;
     cublasStatus_t code = cublasLtMatmulPreferenceInit(&preference);
     memset(&result, 0, sizeof result);
@@ -97,6 +97,8 @@ static cublasStatus_t llmpar__cuda_library_choose(const llmpar__cuda *cuda, llmp
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b);
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, sizeof align_c);
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_c, sizeof align_c);
+    /* Parts of a sum over k are added in f32, also where c is below it: it is rounded once. */
+    if (code == CUBLAS_STATUS_SUCCESS && shape->out_dtype != LLMPAR_F32) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction);
     if (code != CUBLAS_STATUS_SUCCESS) return code;
     code = cublasLtMatmulAlgoGetHeuristic(cuda->lt, &call->product, &call->a, &call->b, &call->c, &call->c, &preference, 1, &result, &found);
     product->own = code == CUBLAS_STATUS_NOT_SUPPORTED || (code == CUBLAS_STATUS_SUCCESS && (!found || result.state != CUBLAS_STATUS_SUCCESS));
@@ -250,7 +252,7 @@ template <typename Half> static __global__ void llmpar__cuda_gemm_narrow(const f
 {
     int64_t units = (n + 7) / 8, count = m * units;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
-        int64_t row = i / units, j = (i - row * units) * 8;
+        int64_t row = llmpar__cuda_divide(i, units), j = (i - row * units) * 8;
         const float *from = in + row * n + j;
         Half *to = c + row * ldc + j;
         if (aligned && j + 8 <= n) {

@@ -369,6 +369,19 @@ template <typename T> static void llmpar__cuda_norm_run_backward(llmpar_device *
     llmpar__cuda_launch(device, stream, llmpar__cuda_norm_dx<T>, dim3(llmpar__cuda_row_blocks(cuda, (rows + at_once - 1) / at_once, 4)), dim3(LLMPAR__CUDA_ROW_THREADS), shared, *args, cut);
 }
 
+/* FAST, and the plain order that nothing guarantees (one leaf, canon 1; exact = off): one chain over all tokens, which a handful of blocks would walk. Instead as many parts of the tokens as give every multiprocessor
+   a block, in eight pieces each; their sums meet in the workspace of the stream's products. 0: the order of the call. */
+enum { LLMPAR__CUDA_NORM_PARTS = 64 };
+static int64_t llmpar__cuda_norm_parts(llmpar_device *device, const llmpar_rmsnorm_backward_args *args)
+{
+    const llmpar__cuda *cuda = llmpar__cuda_of(device);
+    const int64_t rows = args->tokens.batch * args->tokens.t, groups = (args->dim * (int64_t)llmpar_dtype_size(args->dtype) + LLMPAR__CUDA_NORM_LINE - 1) / LLMPAR__CUDA_NORM_LINE;
+    int64_t parts = 1;
+    if (cuda->desc.mode != LLMPAR_CUDA_FAST || args->tokens.leaves != 1 || args->tokens.canon != 1 || !args->dw_leaves) return 0;
+    while (parts < LLMPAR__CUDA_NORM_PARTS && parts * groups < cuda->multiprocessors && rows % (2 * parts) == 0 && rows / (2 * parts) >= 64 && (size_t)(2 * parts * args->dim) * sizeof(float) <= cuda->desc.library_workspace) parts *= 2;
+    return parts;
+}
+
 static llmpar_status llmpar__cuda_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args)
 {
     const llmpar_tokens *tokens = &args->tokens;
@@ -379,6 +392,22 @@ static llmpar_status llmpar__cuda_rmsnorm_backward(llmpar_device *device, llmpar
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "rmsnorm_backward: %lld leaves for batch %lld, canon %d: expected leaves that divide the batch, canon >= 1", (long long)tokens->leaves, (long long)tokens->batch, (int)tokens->canon);
     if (tokens->batch > 0 && tokens->t > ((int64_t)1 << 30) / tokens->batch - 1)
         return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "rmsnorm_backward: %lld sequences of %lld rows, expected less than 2^30 rows in all on device %s", (long long)tokens->batch, (long long)tokens->t, device->name);
-    LLMPAR__CUDA_BY_DTYPE(args->dtype, llmpar__cuda_norm_run_backward, device, stream, args);
+    llmpar_rmsnorm_backward_args own = *args;
+    const int64_t parts = llmpar__cuda_norm_parts(device, args);
+    void *sums = llmpar__cuda_stream_of(device, stream)->library;
+    if (parts) {
+        own.tokens.batch = own.tokens.leaves = parts;
+        own.tokens.t = own.tokens.t_total = tokens->batch * tokens->t / parts;
+        own.tokens.t_begin = 0;
+        own.tokens.canon = LLMPAR__CUDA_ROW_WARPS;
+        if (parts > 1) own.dw_leaves = sums;
+    }
+    LLMPAR__CUDA_BY_DTYPE(args->dtype, llmpar__cuda_norm_run_backward, device, stream, &own);
+    if (parts > 1) {
+        const void *in[LLMPAR__CUDA_NORM_PARTS];
+        llmpar_tree_sum_args sum = { in, (int32_t)parts, (size_t)args->dim, args->dw_leaves, LLMPAR_F32 };
+        for (int64_t i = 0; i < parts; i++) in[i] = (const float *)sums + i * args->dim;
+        return llmpar__cuda_tree_sum(device, stream, &sum);
+    }
     return llmpar__cuda_end(device, stream, "rmsnorm_backward");
 }

@@ -90,13 +90,6 @@ static inline int llmpar__cuda_wide(const void *base, int64_t row_bytes) { retur
 
 /* ---- walking ---- */
 
-/* a / b for a >= 0, b > 0. Most fit 32 bits, where the division is much shorter. */
-static __device__ __forceinline__ int64_t llmpar__cuda_divide(int64_t a, int64_t b)
-{
-    if (((uint64_t)(a | b) >> 32) == 0) return (int64_t)((uint32_t)a / (uint32_t)b);
-    return a / b;
-}
-
 /* Threads that share a row of `dim` columns of `size` bytes. */
 static inline int llmpar__cuda_row_lanes(int64_t dim, int size)
 {

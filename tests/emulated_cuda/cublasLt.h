@@ -16,14 +16,16 @@ typedef enum { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 } cubl
 typedef enum { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType_t;
 typedef enum { CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_MATMUL_DESC_TRANSB = 4 } cublasLtMatmulDescAttributes_t;
 typedef enum {
-    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8
 } cublasLtMatmulPreferenceAttributes_t;
 
+typedef enum { CUBLASLT_REDUCTION_SCHEME_NONE = 0, CUBLASLT_REDUCTION_SCHEME_INPLACE = 1, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2, CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE = 4, CUBLASLT_REDUCTION_SCHEME_MASK = 7 } cublasLtReductionScheme_t;
+
 typedef struct { uint64_t type, rows, columns, ld, data[4]; } cublasLtMatrixLayoutOpaque_t, *cublasLtMatrixLayout_t;
 typedef struct { uint64_t compute, scale, turn_a, turn_b, data[28]; } cublasLtMatmulDescOpaque_t, *cublasLtMatmulDesc_t;
-typedef struct { uint64_t workspace, align[4], data[3]; } cublasLtMatmulPreferenceOpaque_t, *cublasLtMatmulPreference_t;
-typedef struct { uint64_t shape, align[4], data[3]; } cublasLtMatmulAlgo_t;
+typedef struct { uint64_t workspace, align[4], reduction, data[2]; } cublasLtMatmulPreferenceOpaque_t, *cublasLtMatmulPreference_t;
+typedef struct { uint64_t shape, align[4], halves, data[2]; } cublasLtMatmulAlgo_t; /* halves: the two halves of k are added up in c's type, as the real library's split k does where it may */
 typedef struct { cublasLtMatmulAlgo_t algo; size_t workspaceSize; cublasStatus_t state; float wavesCount; int reserved[4]; } cublasLtMatmulHeuristicResult_t;
 
 static inline const char *cublasLtGetStatusName(cublasStatus_t status)
@@ -76,6 +78,7 @@ static inline cublasStatus_t cublasLtMatmulPreferenceInit(cublasLtMatmulPreferen
 {
     memset(preference, 0, sizeof *preference);
     for (int i = 0; i < 4; i++) preference->align[i] = 256;
+    preference->reduction = CUBLASLT_REDUCTION_SCHEME_MASK;
     return CUBLAS_STATUS_SUCCESS;
 }
 static inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute, const void *value, size_t bytes)
@@ -88,6 +91,10 @@ static inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmul
     }
     if (bytes != sizeof align) return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(&align, value, bytes);
+    if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) {
+        preference->reduction = align;
+        return align > CUBLASLT_REDUCTION_SCHEME_MASK ? CUBLAS_STATUS_INVALID_VALUE : CUBLAS_STATUS_SUCCESS;
+    }
     if (!align || (align & (align - 1))) return CUBLAS_STATUS_INVALID_VALUE;
     preference->align[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES] = align;
     return CUBLAS_STATUS_SUCCESS;
@@ -118,6 +125,7 @@ static inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t han
     memset(results, 0, sizeof *results);
     results->algo.shape = shape;
     memcpy(results->algo.align, preference->align, sizeof results->algo.align);
+    results->algo.halves = (preference->reduction & (CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE)) != 0;
     results->workspaceSize = preference->workspace < 4096 ? (size_t)preference->workspace : 4096;
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;
@@ -137,23 +145,25 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMat
     cublasLtMatmulDescOpaque_t p = *product;
     cublasLtMatrixLayoutOpaque_t la = *layout_a, lb = *layout_b, ld = *layout_d;
     float scale = *(const float *)alpha, old = *(const float *)beta;
+    uint64_t halves = algorithm->halves;
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (emulated_cublaslt_shape(product, layout_a, layout_b, layout_c) != algorithm->shape || memcmp(layout_c, layout_d, sizeof *layout_c)) return CUBLAS_STATUS_INVALID_VALUE;
     for (int i = 0; i < 4; i++)
         if ((uintptr_t)pointers[i] % algorithm->align[i]) return CUBLAS_STATUS_INVALID_VALUE;
     cudaError_t code = emulated_cuda_enqueue_call("cublasLtMatmul", [=]() {
-        uint64_t inner = p.turn_a ? la.rows : la.columns;
+        uint64_t inner = p.turn_a ? la.rows : la.columns, middle = halves ? inner / 2 : inner;
         if (workspace_bytes) memset(workspace, 0xff, workspace_bytes);
         for (uint64_t j = 0; j < ld.columns; j++)
-            for (uint64_t i = 0; i < ld.rows; i++) {
-                double sum = 0;
-                for (uint64_t k = 0; k < inner; k++)
-                    sum += (double)emulated_cublaslt_get(a, p.turn_a ? i * la.ld + k : k * la.ld + i, la.type) * emulated_cublaslt_get(b, p.turn_b ? k * lb.ld + j : j * lb.ld + k, lb.type);
-                sum *= scale;
-                if (old != 0) sum += (double)old * emulated_cublaslt_get(c, j * ld.ld + i, ld.type);
-                if (ld.type == CUDA_R_32F) ((float *)d)[j * ld.ld + i] = (float)sum;
-                else ((uint16_t *)d)[j * ld.ld + i] = ld.type == CUDA_R_16BF ? llmpar_f32_to_bf16((float)sum) : llmpar_f32_to_f16((float)sum);
-            }
+            for (uint64_t i = 0; i < ld.rows; i++)
+                for (uint64_t from = 0, to = middle, turn = 0; turn < 1u + halves; turn++, from = to, to = inner) {
+                    double sum = 0, before = turn ? 1 : old;
+                    for (uint64_t k = from; k < to; k++)
+                        sum += (double)emulated_cublaslt_get(a, p.turn_a ? i * la.ld + k : k * la.ld + i, la.type) * emulated_cublaslt_get(b, p.turn_b ? k * lb.ld + j : j * lb.ld + k, lb.type);
+                    sum *= scale;
+                    if (before != 0) sum += before * emulated_cublaslt_get(turn ? d : c, j * ld.ld + i, ld.type);
+                    if (ld.type == CUDA_R_32F) ((float *)d)[j * ld.ld + i] = (float)sum;
+                    else ((uint16_t *)d)[j * ld.ld + i] = ld.type == CUDA_R_16BF ? llmpar_f32_to_bf16((float)sum) : llmpar_f32_to_f16((float)sum);
+                }
     }, stream);
     return code == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
