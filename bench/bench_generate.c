@@ -83,6 +83,7 @@ static void product_line(bench_results *results, llmpar_device *device, bench_me
     p.weights = p.next = memory->base + bound.bytes;
     p.weights_bytes = memory->bytes - bound.bytes;
     p.bytes = (size_t)(n * k) * size;
+    if (p.bytes > p.weights_bytes) { fprintf(stderr, "bench_generate: weights of %zu MB, expected at most %zu\n", p.bytes >> 20, p.weights_bytes >> 20); exit(2); }
     p.args.workspace_bytes = device->gemm_workspace(device, &p.args);
     if (device->alloc(device, p.args.workspace_bytes, &p.args.workspace)) exit(1);
     snprintf(name, sizeof name, "%2d x %d x %d %s%s, %d piece%s, %d thread%s", (int)rows, (int)n, (int)k, llmpar_dtype_name(dtype), interleaved ? "" : " rows", (int)pieces, pieces > 1 ? "s" : "", threads, threads > 1 ? "s" : "");
