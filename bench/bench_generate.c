@@ -1,4 +1,4 @@
-/* bench_generate: what waits for memory when text is generated. First products of 1 to 16 rows with weights larger than the caches, then whole tokens.
+/* bench_generate: what waits for memory when text is generated. First products of 1 to 16 rows, each with the next copy of its weights in 256 MB, far more than the caches, then whole tokens.
    Each beside the speed at which memory is read, measured right before and after; a product whose multiply-adds take longer at their peak than reading its weights, beside that peak.
    Weights have interleaved rows, as while text is generated; `rows`: they lie as in training, as for short texts.
 
@@ -59,6 +59,8 @@ static void product_line(bench_results *results, llmpar_device *device, bench_me
     void *a = NULL, *c = NULL;
     product_arithmetic arithmetic;
     double reading[9], computing[9];
+    bench_memory_of bound = *memory; /* its first half; the products walk through the other: neither finds in a cache what the other has just read */
+    bound.bytes /= 2;
     memset(&p, 0, sizeof p);
     p.device = device;
     p.args.m = rows;
@@ -78,9 +80,10 @@ static void product_line(bench_results *results, llmpar_device *device, bench_me
         p.segments[s].lda = p.segments[s].ldb = k;
         p.segments[s].interleaved = interleaved && llmpar_device_interleaved_rows(device, dtype) > 0 && k / pieces * (int64_t)size % 4 == 0;
     }
-    p.weights = p.next = memory->base;
-    p.weights_bytes = memory->bytes;
+    p.weights = p.next = memory->base + bound.bytes;
+    p.weights_bytes = memory->bytes - bound.bytes;
     p.bytes = (size_t)(n * k) * size;
+    if (p.bytes > p.weights_bytes) { fprintf(stderr, "bench_generate: weights of %zu MB, expected at most %zu\n", p.bytes >> 20, p.weights_bytes >> 20); exit(2); }
     p.args.workspace_bytes = device->gemm_workspace(device, &p.args);
     if (device->alloc(device, p.args.workspace_bytes, &p.args.workspace)) exit(1);
     snprintf(name, sizeof name, "%2d x %d x %d %s%s, %d piece%s, %d thread%s", (int)rows, (int)n, (int)k, llmpar_dtype_name(dtype), interleaved ? "" : " rows", (int)pieces, pieces > 1 ? "s" : "", threads, threads > 1 ? "s" : "");
@@ -88,11 +91,11 @@ static void product_line(bench_results *results, llmpar_device *device, bench_me
     arithmetic.fma.threads = threads;
     arithmetic.flops_a_byte = 2.0 * (double)rows / (double)size;
     for (int i = 0; i < 9; i++) {
-        reading[i] = bench_read(memory);
+        reading[i] = bench_read(&bound);
         computing[i] = product_arithmetic_rate(&arithmetic);
     }
     if (bench_median(computing, 9) < bench_median(reading, 9)) bench_row(results, name, "GB/s", 1e-9, bench_fma_name(arithmetic.fma.kind), bench_pairs(product_arithmetic_rate, &arithmetic, product_work, &p, 21), 0.9);
-    else bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs(bench_read, memory, product_work, &p, 21), 0.9);
+    else bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs(bench_read, &bound, product_work, &p, 21), 0.9);
     device->free(device, p.args.workspace, p.args.workspace_bytes);
     device->free(device, a, (size_t)(rows * k) * size);
     device->free(device, c, (size_t)(rows * n) * size);

@@ -12,6 +12,7 @@
 #include <stdint.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -213,7 +214,7 @@ static inline double bench_fma(void *user)
 typedef struct bench_memory_of { char *base; size_t bytes, slice, at; int threads; } bench_memory_of;
 typedef struct bench_walk { char *base; size_t bytes; } bench_walk; /* one thread's slice */
 
-/* megabytes >= 32. Never freed by the measurements; free(m.base). */
+/* megabytes >= 32. Never freed by the measurements; free(m.base). In huge pages where the system has them, as the library's own large blocks: small ones read a fifth slower, a bound of them flatters. */
 static inline bench_memory_of bench_memory(size_t megabytes, int threads)
 {
     bench_memory_of m;
@@ -222,6 +223,9 @@ static inline bench_memory_of bench_memory(size_t megabytes, int threads)
     m.slice = 8u << 20;
     m.threads = threads;
     if (posix_memalign((void **)&m.base, 1 << 21, m.bytes) || m.slice * (size_t)threads > m.bytes) { fprintf(stderr, "bench: no %zu MB for %d threads\n", megabytes, threads); exit(1); }
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    (void)madvise(m.base, m.bytes, MADV_HUGEPAGE); /* advice: a system without them says no */
+#endif
     memset(m.base, 1, m.bytes);
     return m;
 }
