@@ -157,6 +157,73 @@ static void run_xent(int shape)
 }
 TEST(cross_entropy) { everywhere("xent", run_xent, DIMS); }
 
+/* Every BF16 number x below several maxima, as a row of its own beside one that ends a vocabulary of 70: the sum against e^(x - max) within 2 / 2^23 of it; the gradient within half a unit of BF16 and
+   a little; -inf is nothing, NaN and infinities show. */
+TEST(exponentials_of_bf16)
+{
+    static const float maxima[] = { 0, 1.5f, -7.25f, 63, 30000, -1e30f };
+    enum { V = 70 };
+    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) for (int m = 0; m < 6; m++) {
+        int64_t rows = 0;
+        int place = m % 2 ? 68 : 3;
+        double worst = 0, worst_gradient = 0;
+        uint16_t *x = (uint16_t *)malloc(65536 * V * 2);
+        float *max = (float *)malloc(65536 * sizeof *max), *sum = (float *)malloc(65536 * sizeof *sum), *value = (float *)malloc(65536 * sizeof *value);
+        int32_t *targets = (int32_t *)calloc(65536, sizeof *targets);
+        llmpar_xent_backward_args b;
+        device = ops_device((llmpar_cpu_level)level, 1);
+        for (uint32_t i = 0; i < 65536; i++) {
+            float one = llmpar_bf16_to_f32((uint16_t)i);
+            if (!(one <= maxima[m])) continue;
+            for (int j = 0; j < V; j++) x[rows * V + j] = j == place ? (uint16_t)i : 0xff80;
+            value[rows] = one;
+            targets[rows] = 0;
+            max[rows++] = maxima[m];
+        }
+        memset(&b, 0, sizeof b);
+        b.forward.rows = rows; b.forward.ld = b.forward.v_local = b.forward.v_total = V; b.forward.canon = 1; b.forward.dtype = LLMPAR_BF16; b.forward.logits = x; b.forward.targets = targets; b.forward.max = max; b.forward.sum = sum;
+        CHECK_OK(device->xent_sum(device, NULL, &b.forward));
+        for (int64_t r = 0; r < rows; r++) {
+            double d = (double)(value[r] - max[r]), want = exp(d), off = fabs((double)sum[r] - want);
+            if (want < 1.2e-38) worst = off < 1.2e-38 ? worst : 1e9; /* cleared, or about that small */
+            else off = off / want * 8388608, worst = off > worst ? off : worst;
+            sum[r] = 3;
+        }
+        b.scale = 0.5f;
+        CHECK_OK(device->xent_backward(device, NULL, &b));
+        for (int64_t r = 0; r < rows; r++) {
+            double want = exp((double)(value[r] - max[r])) / 6, got = (double)llmpar_bf16_to_f32(x[r * V + place]), off;
+            for (int j = 1; j < V; j++) if (j != place && x[r * V + j]) { TEST_FAIL("a gradient where there is no probability"); break; }
+            if (want < 1e-37) worst_gradient = fabs(got - want) < 1e-37 ? worst_gradient : 1e9;
+            else off = fabs(got - want) / ldexp(1, ilogb(want) - 7), worst_gradient = off > worst_gradient ? off : worst_gradient;
+        }
+        if (!(worst <= 2) || !(worst_gradient <= 0.5001)) TEST_FAIL("%s, maximum %g: %.3f / 2^23, gradient %.5f units", llmpar_cpu_level_name((llmpar_cpu_level)level), (double)maxima[m], worst, worst_gradient);
+        free(x); free(max); free(sum); free(value); free(targets);
+    }
+}
+
+/* One that is not finite among finite ones, anywhere in the row, shows in the sum; -inf does not. */
+TEST(bf16_not_finite)
+{
+    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) for (int place = 0; place < 150; place++) {
+        static const uint16_t odd[4] = { 0x7fc0, 0xffc1, 0x7f80, 0xff80 };
+        for (int kind = 0; kind < 4; kind++) {
+            uint16_t x[150];
+            float max, logit, sum;
+            int32_t target = 149;
+            llmpar_xent_args a;
+            for (int j = 0; j < 150; j++) x[j] = llmpar_f32_to_bf16((float)(j % 7));
+            x[place] = odd[kind];
+            memset(&a, 0, sizeof a);
+            a.rows = 1; a.ld = a.v_local = a.v_total = 150; a.canon = 2; a.dtype = LLMPAR_BF16; a.logits = x; a.targets = &target; a.max = &max; a.target_logit = &logit; a.sum = &sum;
+            device = ops_device((llmpar_cpu_level)level, 1);
+            CHECK_OK(device->xent_max(device, NULL, &a));
+            CHECK_OK(device->xent_sum(device, NULL, &a));
+            CHECK(kind == 3 ? sum >= 1 && sum < 150 : !(sum - sum == 0));
+        }
+    }
+}
+
 /* The vocabulary in two shards: the same maxima, the pieces' subtrees, and every gradient with the whole's bits. */
 TEST(cross_entropy_cut)
 {
@@ -286,4 +353,4 @@ TEST(attention_cut)
 
 TEST(all_given_back) { ops_close(); }
 
-TEST_LIST(T_(gemm), T_(gemm_cut), T_(cross_entropy), T_(cross_entropy_cut), T_(attention), T_(attention_cut), T_(all_given_back))
+TEST_LIST(T_(gemm), T_(gemm_cut), T_(cross_entropy), T_(exponentials_of_bf16), T_(bf16_not_finite), T_(cross_entropy_cut), T_(attention), T_(attention_cut), T_(all_given_back))
