@@ -194,6 +194,10 @@ LLMPAR_EXTERN_C_END
 #error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
 #endif
 
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h> /* here: each of its functions would carry the pragma's options */
+#endif
+
 /* a*b+c must not become a fused multiply-add behind the source's back: bits would depend on the instruction set. */
 #if defined(__clang__) && defined(__x86_64__)
 #pragma float_control(push)
