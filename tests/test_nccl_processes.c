@@ -31,7 +31,6 @@ static void take_part(llmpar_transport transport, int rank, const llmpar_nccl_de
     outcome *o = &seen[rank];
     llmpar_nccl_desc slower = nccl ? *nccl : (llmpar_nccl_desc) { .deadline = 0 };
     slower.deadline *= test_slow;
-    slower.silence *= test_slow;
     rig_backend(nccl ? &slower : NULL, &backend);
     llmpar_launch_desc desc = { .transport = transport, .backend = &backend, .check = test_no_leak, .log = rig_log, .threads = 1, .deadline = 20 * test_slow };
     double begin = test_clock();
@@ -360,10 +359,8 @@ TIMED(a_process_is_stopped)
 {
     llmpar_nccl_desc desc = { .silence = 1.5 };
     end e = { 1, SIGSTOP };
-    char silent[60];
-    snprintf(silent, sizeof silent, "has given no sign of life for %g s", 1.5 * test_slow);
     run(3, &desc, ends, &e);
-    all_say(3, LLMPAR_ERR_TIMEOUT, 1, silent);
+    all_say(3, LLMPAR_ERR_TIMEOUT, 1, "has given no sign of life for 1.5 s");
 }
 
 TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(neighbouring_jobs), T_(a_process_is_killed_at_the_meeting), T_(a_process_is_killed), T_(a_process_is_stopped))

@@ -5,7 +5,7 @@ if [ "$1" = --one ]; then # SECONDS NAME
     corpus=tests/fuzz/$name
     [ ! -d "$LLMPAR_TEST_DATA/$name/parsing" ] || corpus="$corpus $LLMPAR_TEST_DATA/$name/parsing"
     mkdir -p "build/fuzz/corpus_$name"
-    "build/fuzz/fuzz_$name" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ "build/fuzz/corpus_$name" $corpus >"build/fuzz/$name.log" 2>&1
+    "build/fuzz/fuzz_$name" -max_total_time="$seconds" -timeout=60 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ "build/fuzz/corpus_$name" $corpus >"build/fuzz/$name.log" 2>&1
     echo $? >"build/fuzz/$name.code"
     exit 0
 fi
