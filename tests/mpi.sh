@@ -14,7 +14,7 @@ openmpi=$(command -v mpirun.openmpi || command -v mpirun)
 watch()
 {
     local before
-    while [ -n "$EPOCHREALTIME" ] && [ -d $out ]; do
+    while [ -n "$EPOCHREALTIME" ] && kill -0 $$ 2>/dev/null; do
         before=${EPOCHREALTIME/./}
         sleep 0.1
         before=$((${EPOCHREALTIME/./} - before - 100000))

@@ -583,7 +583,7 @@ static void *knocks(void *arg)
         if (open_fd[next] >= 0) close(open_fd[next]);
         open_fd[next] = fd;
         next = (next + 1) % 8;
-        test_sleep(0.002);
+        test_sleep(0.002 * test_slow);
     }
     for (int i = 0; i < 8; i++)
         if (open_fd[i] >= 0) close(open_fd[i]);
@@ -596,7 +596,7 @@ TIMED(strangers_on_the_port)
         char address[64];
         pthread_t thread;
         snprintf(address, sizeof address, "127.0.0.1:%d", s.port);
-        llmpar_nccl_desc desc = { .address = address };
+        llmpar_nccl_desc desc = { .address = address, .deadline = 60 };
         fake_nccl_reset();
         pthread_create(&thread, NULL, knocks, &s);
         run(4, &desc, several, NULL);
@@ -617,7 +617,7 @@ TIMED(a_rank_of_another_build)
     char address[64];
     pthread_t thread;
     snprintf(address, sizeof address, "127.0.0.1:%d", s.port);
-    llmpar_nccl_desc desc = { .address = address };
+    llmpar_nccl_desc desc = { .address = address, .deadline = 60 };
     rig_comm = late_comm;
     fake_nccl_reset();
     pthread_create(&thread, NULL, knocks, &s);
