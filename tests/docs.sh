@@ -47,7 +47,7 @@ command_of()
 {
     local page=$1 line=$2 command=$3 code expect=0
     case $command in *'# fails') expect=1 ;; esac
-    (cd "$work/$page" && timeout 120 bash -o pipefail -c "$command") >"$work/got" 2>&1 </dev/null
+    (cd "$work/$page" && timeout 600 bash -o pipefail -c "$command") >"$work/got" 2>&1 </dev/null
     code=$?
     if { [ $expect -eq 0 ] && [ $code -ne 0 ]; } || { [ $expect -eq 1 ] && { [ $code -eq 0 ] || [ $code -ge 124 ]; }; }; then
         fail "$page.md:$line: exit code $code: $command"

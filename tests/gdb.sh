@@ -4,7 +4,7 @@
 program=$1
 log=$program.log
 passed=0 failed=0
-timeout 300 gdb -q -nx -batch \
+timeout 900 gdb -q -nx -batch \
     -ex 'set pagination off' -ex 'set confirm off' -ex 'set debuginfod enabled off' -ex 'set breakpoint pending on' \
     -ex 'break before_the_step' -ex 'run' \
     -ex 'echo == threads\n' -ex 'info threads' \

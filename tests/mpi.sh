@@ -1,6 +1,7 @@
 #!/bin/bash
 # tests/mpi.sh quick|full: the test programs of build/mpi (Open MPI) and, full, build/mpich under mpirun; then the faults. One line a run, the sum as the last line.
 # A rank that dies takes the others with it at once where mpirun sees to that; these runs ask it to leave the job alone, so that the others can report.
+# What looks at the clock, and fails while the machine stood still, is run again with more time (as tests/timed.h does).
 full=$1
 out=build/mpi/runs
 rm -rf $out
@@ -8,6 +9,30 @@ mkdir -p $out
 passed=0 failed=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 LC_ALL=C
 openmpi=$(command -v mpirun.openmpi || command -v mpirun)
+
+# Notes in $out/stood by how many microseconds a nap of a tenth of a second was too long, if by half a second or more.
+watch()
+{
+    local before
+    while [ -n "$EPOCHREALTIME" ] && kill -0 $$ 2>/dev/null; do
+        before=${EPOCHREALTIME/./}
+        sleep 0.1
+        before=$((${EPOCHREALTIME/./} - before - 100000))
+        [ $before -lt 500000 ] || echo $before >>$out/stood
+    done
+}
+watch &
+watching=$!
+trap 'kill $watching 2>/dev/null' EXIT
+trap 'exit 1' INT TERM HUP
+
+# stood NAME: has the machine stood still since the last time? Then NAME, which has failed, is worth another try.
+stood()
+{
+    [ -s $out/stood ] || return 1
+    echo "$1: the machine stood still for up to $(sort -n $out/stood | tail -n 1) us: again, with $2 times the time"
+    : >$out/stood
+}
 
 # launch MPI RANKS PROGRAM ARGS...
 launch()
@@ -39,26 +64,27 @@ program()
     verdict "$mpi, $ranks: $name $*" "${count:-0}" $code "$log"
 }
 
-# fault MPI HOW PLACE: four ranks, one of them is the victim; every other one has to say who failed and where all were, within 10 s. Its own words go to $dir/log, the seconds to $dir/seconds.
+# fault MPI HOW PLACE: four ranks, one of them is the victim; every other one has to say who failed and where all were, within 10 s (times $slow). Its own words go to $dir/log, the seconds to $dir/seconds.
 fault()
 {
-    local mpi=$1 how=$2 place=$3 folder=build/mpi victim=$(($3 % 4)) dir code bad=0 r text patient begin=$SECONDS
+    local mpi=$1 how=$2 place=$3 slow=${4:-1} folder=build/mpi victim=$(($3 % 4)) dir code bad=0 r text patient begin=$SECONDS
     patient="--mca orte_abort_on_non_zero_status 0"
     [ "$mpi" = mpich ] && folder=build/mpich patient=-disable-auto-cleanup
     [ "$how" = error ] && patient= # with that option, mpirun does not pass on exit codes
     dir=$out/$mpi.$how.$place
+    rm -rf $dir
     mkdir -p $dir
-    limit=60 launch $mpi 4 $folder/test_mpi_fault $how $place $victim $dir >$dir/log 2>&1
+    limit=$((60 * slow)) LLMPAR_TEST_SLOW=$slow launch $mpi 4 $folder/test_mpi_fault $how $place $victim $dir >$dir/log 2>&1
     code=$?
     if [ $code -eq 0 ]; then echo "the job ended with exit code 0" >>$dir/log; bad=1; fi
-    if [ $((SECONDS - begin)) -gt 55 ]; then echo "the job did not end" >>$dir/log; bad=1; fi
+    if [ $((SECONDS - begin)) -gt $((55 * slow)) ]; then echo "the job did not end" >>$dir/log; bad=1; fi
     for r in 0 1 2 3; do
         [ $r -ne $victim ] || continue
         text=$(head -n 1 $dir/rank_$r 2>/dev/null)
-        if ! echo "$text" | awk '{ exit !($1 >= 0 && $1 <= 10) }'; then echo "rank $r reported after more than 10 s, or not: $text" >>$dir/log; bad=1; fi
+        if ! echo "$text" | awk -v most=$((10 * slow)) '{ exit !($1 >= 0 && $1 <= most) }'; then echo "rank $r reported after more than $((10 * slow)) s, or not: $text" >>$dir/log; bad=1; fi
         case $how in
         error) want="this rank gives up" ;;
-        *) want="no sign of life from rank $victim\|waited 5 s" ;;
+        *) want="no sign of life from rank $victim\|waited $((5 * slow)) s" ;;
         esac
         for part in "$want" " $victim (dp_shard=$((victim / 2)) tp=$((victim % 2)))" "layers.3/" "last completed" "(call\|(message" "before"; do
             echo "$text" | grep -q "$part" || { echo "rank $r does not say \"$part\": $text" >>$dir/log; bad=1; }
@@ -70,13 +96,19 @@ fault()
 # faults MPI "HOW PLACE" ...: all at once, since they mostly wait; then one line each
 faults()
 {
-    local mpi=$1 one how place bad seconds
+    local mpi=$1 one how place bad seconds slow running=()
     shift
-    for one in "$@"; do fault $mpi $one & done
-    wait
+    : >$out/stood
+    for one in "$@"; do fault $mpi $one & running+=($!); done
+    wait "${running[@]}"
     for one in "$@"; do
         read -r how place <<<"$one"
         read -r bad seconds <$out/$mpi.$how.$place/result
+        for slow in 2 4 8; do
+            { [ "${bad:-1}" -ne 0 ] && stood "$mpi: $how, place $place" $slow; } || break
+            fault $mpi $how $place $slow
+            read -r bad seconds <$out/$mpi.$how.$place/result
+        done
         start=$((SECONDS - ${seconds:-0}))
         verdict "$mpi: $how, place $place, rank $((place % 4))" 1 "${bad:-1}" $out/$mpi.$how.$place/log
     done
@@ -100,9 +132,15 @@ train()
 
 soak()
 {
+    local slow code
     start=$SECONDS
-    launch $1 4 $3/test_mpi_fault soak $2 >$out/soak.$1.log 2>&1
-    verdict "$1: $2 s of random delays" 1 $? $out/soak.$1.log
+    : >$out/stood
+    for slow in 1 2 4 8; do
+        LLMPAR_TEST_SLOW=$slow launch $1 4 $3/test_mpi_fault soak $2 >$out/soak.$1.log 2>&1
+        code=$?
+        { [ $code -ne 0 ] && stood "$1: random delays" $((2 * slow)); } || break
+    done
+    verdict "$1: $2 s of random delays" 1 $code $out/soak.$1.log
 }
 
 for case in own single abroad; do program openmpi 2 test_mpi_life $case; done

@@ -6,10 +6,12 @@ shift 3
 case $tool in
 -fsanitize=*)
     mkdir -p build
-    echo 'int main(void) { return 0; }' >build/need.c
-    if [ "$tool" = -fsanitize=fuzzer ]; then echo 'int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n) { return d != d && n; }' >build/need.c; fi
-    ${CC:-cc} "$tool" build/need.c -o build/need 2>/dev/null
+    file=build/need.$$
+    echo 'int main(void) { return 0; }' >$file.c
+    if [ "$tool" = -fsanitize=fuzzer ]; then echo 'int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n) { return d != d && n; }' >$file.c; fi
+    ${CC:-cc} "$tool" $file.c -o $file 2>/dev/null
     found=$?
+    rm -f $file $file.c
     ;;
 *)
     command -v "$tool" >/dev/null 2>&1

@@ -195,7 +195,7 @@ if have cmake cmake; then
         # one implementation with MPI in it, as two processes and, without mpirun, as threads
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
         built mpi "${find[@]}" -DMPI=ON
-        says "mpirun -n 2" "$expected" timeout 120 mpirun -n 2 "$work/cmake mpi/consumer_c"
+        says "mpirun -n 2" "$expected" timeout 600 mpirun -n 2 "$work/cmake mpi/consumer_c"
         built mpi_subdirectory -DWAY=subdirectory "-DSOURCE=$source" -DMPI=ON "-DIMPLEMENTATION=$work/cmake mpi/libfunctions.a"
     fi
     # NCCL is stood in for by a folder of that shape; the toolkit is the one of the machine.

@@ -1,5 +1,6 @@
 /* The threads communicator: every collective against a plain reference, bit for bit; then every way in which one can fail. */
 #include "collectives.h"
+#include "timed.h"
 
 #include <pthread.h>
 #include <time.h>
@@ -161,19 +162,19 @@ static llmpar_status peer_fails(llmpar_ctx *ctx, void *user)
     llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank / 2, 0, "pair", &pair);
     if (!st) st = llmpar_all_reduce(ctx->comm, NULL, &call);
     if (!st && ctx->rank == 3) {
-        test_sleep(0.05); /* the others wait by now */
+        test_sleep(0.05 * test_slow); /* the others wait by now */
         llmpar_comm_destroy(pair);
         out->seconds[7] = test_clock();
         return llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "the loss is nan");
     }
-    if (!st && ctx->rank == 0) test_sleep(0.15); /* comes to its next collective only afterwards, and on another communicator */
+    if (!st && ctx->rank == 0) test_sleep(0.15 * test_slow); /* comes to its next collective only afterwards, and on another communicator */
     if (!st) st = llmpar_all_reduce(ctx->rank == 0 ? pair : ctx->comm, NULL, &call);
     note(ctx, out, st, out->seconds[7]);
     CHECK_STATUS(llmpar_comm_barrier(ctx->comm, NULL, "later"), LLMPAR_ERR_PEER);
     llmpar_comm_destroy(pair);
     return st;
 }
-TEST(peer_failure_wakes_everybody)
+TIMED(peer_failure_wakes_everybody)
 {
     static report out;
     llmpar_error error;
@@ -186,7 +187,7 @@ TEST(peer_failure_wakes_everybody)
         CHECK_TEXT(out.text[r], "rank 3 failed: non-finite value: the loss is nan");
         CHECK_TEXT(out.text[r], r == 0 ? "all_reduce sum f32[4] \"step/x\" (call 1 on pair)" : "all_reduce sum f32[4] \"step/x\" (call 4 on world)");
         CHECK_TEXT(out.text[r], "3: outside, last completed all_reduce sum f32[4] \"step/x\" (call 3 on world)");
-        CHECK(out.seconds[r] < 2);
+        CHECK(out.seconds[r] < 2 * test_slow);
     }
 }
 
@@ -201,17 +202,17 @@ static llmpar_status returns_early(llmpar_ctx *ctx, void *user)
     if (ctx->rank == 2) return llmpar_recv(ctx->comm, NULL, &call);
     return llmpar_all_reduce(ctx->comm, NULL, &call);
 }
-TEST(a_rank_that_returns_while_others_wait)
+TIMED(a_rank_that_returns_while_others_wait)
 {
     for (int late = 0; late < 2; late++)
         for (int lockstep = 0; lockstep < 2; lockstep++) {
             llmpar_error error;
-            double delay = 0.05 * late, start = test_clock();
-            llmpar_launch_desc desc = { .ranks = 3, .lockstep = lockstep, .deadline = 5, .log = quiet, .check = test_no_leak }; /* the deadline ends a test that fails */
+            double delay = 0.05 * late * test_slow, start = test_clock();
+            llmpar_launch_desc desc = { .ranks = 3, .lockstep = lockstep, .deadline = 5 * test_slow, .log = quiet, .check = test_no_leak }; /* the deadline ends a test that fails */
             CHECK_STATUS(llmpar_launch(&desc, returns_early, &delay, &error), LLMPAR_ERR_MISMATCH);
             CHECK_TEXT(error.text, "rank 1 has returned without it");
             CHECK_TEXT(error.text, "step/x");
-            CHECK(test_clock() - start < 2);
+            CHECK(test_clock() - start < 2 * test_slow);
         }
 }
 
@@ -219,22 +220,24 @@ static llmpar_status late(llmpar_ctx *ctx, void *user)
 {
     (void)user;
     llmpar_status st = llmpar_comm_barrier(ctx->comm, NULL, "first");
-    if (ctx->rank == 1) test_sleep(1.6);
+    if (ctx->rank == 1) test_sleep(1.6 * test_slow);
     if (!st) st = llmpar_comm_barrier(ctx->comm, NULL, "second");
     return st;
 }
-TEST(deadline)
+TIMED(deadline)
 {
     llmpar_error error;
-    llmpar_launch_desc desc = { .ranks = 3, .deadline = 0.4, .log = quiet, .check = test_no_leak };
+    char waited[40];
+    snprintf(waited, sizeof waited, "waited %g s", 0.4 * test_slow);
+    llmpar_launch_desc desc = { .ranks = 3, .deadline = 0.4 * test_slow, .log = quiet, .check = test_no_leak };
     double start = test_clock();
     CHECK_STATUS(llmpar_launch(&desc, late, NULL, &error), LLMPAR_ERR_TIMEOUT);
-    CHECK(test_clock() - start < 10);
+    CHECK(test_clock() - start < 10 * test_slow);
     CHECK_TEXT(error.text, "barrier \"second\"");
-    CHECK_TEXT(error.text, "waited 0.4 s");
+    CHECK_TEXT(error.text, waited);
     CHECK_TEXT(error.text, "rank 1: outside");
     CHECK_TEXT(error.text, "ranks 0 2: in barrier \"second\" (call 3 on world), last completed barrier \"first\" (call 2 on world)");
-    desc.deadline = 20;
+    desc.deadline = 20 * test_slow;
     CHECK_OK(llmpar_launch(&desc, late, NULL, &error));
 }
 

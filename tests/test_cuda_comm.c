@@ -1,6 +1,7 @@
 /* The communicator of rank threads that share a GPU: the suite of collectives on 1 to 8 ranks, splits, streams that run late and buffers that are used again at once; then every way to fail. */
 #include "collectives.h"
 #include "cuda.h"
+#include "timed.h"
 
 static void quiet(void *user, int rank, llmpar_log_level level, const char *line) { (void)user; (void)rank; (void)level; (void)line; }
 
@@ -298,7 +299,7 @@ static llmpar_status one_goes(llmpar_ctx *ctx, void *user)
     if (!st) st = llmpar_all_reduce(ctx->comm, stream, &call);
     if (!st && ctx->rank == 3) {
         if (out->how == 0) st = llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "the loss is nan");
-        if (out->how == 2) test_sleep(5);
+        if (out->how == 2) test_sleep(5 * test_slow);
         if (out->how == 3) {
             llmpar_error error;
             llmpar_error_clear(&error);
@@ -316,16 +317,18 @@ static llmpar_status one_goes(llmpar_ctx *ctx, void *user)
     llmpar_comm_destroy(pair);
     return st;
 }
-TEST(a_rank_goes)
+TIMED(a_rank_goes)
 {
     COMM_OPEN();
     static const llmpar_status want[] = { LLMPAR_ERR_NONFINITE, LLMPAR_ERR_MISMATCH, LLMPAR_ERR_TIMEOUT, LLMPAR_ERR_IO };
-    static const char *const says[] = { "rank 3 failed: non-finite value: the loss is nan", "has returned", "waited 2 s", "the disk is full" };
+    char waited[40];
+    const char *const says[] = { "rank 3 failed: non-finite value: the loss is nan", "has returned", waited, "the disk is full" };
+    snprintf(waited, sizeof waited, "waited %g s", 2 * test_slow);
     for (int how = 0; how < 4; how++) {
         static report out;
         llmpar_error error;
         llmpar_backend gpu;
-        llmpar_launch_desc desc = { .ranks = 5, .threads = 1, .deadline = how == 2 ? 2.0 : 30, .backend = &gpu, .log = quiet, .check = test_no_leak };
+        llmpar_launch_desc desc = { .ranks = 5, .threads = 1, .deadline = (how == 2 ? 2 : 30) * test_slow, .backend = &gpu, .log = quiet, .check = test_no_leak };
         double start = test_clock();
         llmpar_cuda_backend(NULL, &gpu);
         memset(&out, 0, sizeof out);
@@ -337,7 +340,7 @@ TEST(a_rank_goes)
             CHECK_TEXT(out.text[r], says[how]);
             CHECK_TEXT(out.text[r], "\"step/x\"");
         }
-        CHECK(test_clock() - start < 15);
+        CHECK(test_clock() - start < 15 * test_slow);
     }
 }
 

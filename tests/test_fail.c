@@ -1,5 +1,6 @@
 /* A rank that fails in the middle of a step, wherever it is: every rank returns soon, the job's error is the root one with its rank and text, and no rank keeps
    a byte. And what a step does when its numbers are no longer finite. */
+#include "timed.h"
 #include "train.h"
 
 #include <math.h>
@@ -189,7 +190,7 @@ static void expect(train_job *job, const char *name, llmpar_status want, const c
     if (r.status != want || !strstr(r.error.text, part))
         TEST_FAIL("%s: got %s: rank %d: %s; expected %s: rank %d: .. %s ..", name, llmpar_status_string(r.status), (int)r.error.rank, r.error.text, llmpar_status_string(want), p->rank, part);
     else if (r.error.rank != p->rank) TEST_FAIL("%s: the error is rank %d's, expected rank %d's", name, (int)r.error.rank, p->rank);
-    if (late > 2) TEST_FAIL("%s: the last rank returned %.1f s after the failure", name, late);
+    if (late > 2 * test_slow) TEST_FAIL("%s: the last rank returned %.1f s after the failure", name, late);
     for (int i = 0; i < r.ranks; i++) {
         llmpar_status other = i == p->rank ? want : LLMPAR_ERR_PEER;
         if (r.rank_status[i] != other) TEST_FAIL("%s: rank %d returned %s, expected %s", name, i, r.rank_status[i] == LLMPAR_STATUS_COUNT ? "nothing" : llmpar_status_string(r.rank_status[i]), llmpar_status_string(other));
@@ -212,7 +213,7 @@ static void count_calls(const llmpar_llama_config *config, plan *p)
 }
 
 /* Device slots, from the first call to the last. */
-TEST(device_calls)
+TIMED(device_calls)
 {
     static plan clean, p;
     llmpar_llama_config config = small_config();
@@ -235,7 +236,7 @@ TEST(device_calls)
 }
 
 /* The n-th allocation of a rank, from its begin, and from the begin of the first and the second step. */
-TEST(allocations)
+TIMED(allocations)
 {
     static plan clean, p;
     llmpar_llama_config config = small_config();
@@ -269,8 +270,9 @@ static void *away_run(void *arg)
     return NULL;
 }
 
-TEST(a_rank_stays_away)
+TIMED(a_rank_stays_away)
 {
+    char waited[60];
     static away_job all[AWAY];
     static plan clean;
     pthread_t thread[AWAY];
@@ -282,7 +284,7 @@ TEST(a_rank_stays_away)
     for (int i = 0; i < places; i++) {
         away_job *a = &all[i];
         a->job = job_of(&config, &a->p);
-        a->job.deadline = DEADLINE;
+        a->job.deadline = DEADLINE * test_slow;
         a->p.rank = i % 4;
         a->p.away = 1;
         a->p.slot = -1;
@@ -290,6 +292,7 @@ TEST(a_rank_stays_away)
         if (pthread_create(&thread[i], NULL, away_run, a)) { TEST_FAIL("no thread"); return; }
     }
     for (int i = 0; i < places; i++) pthread_join(thread[i], NULL);
+    snprintf(waited, sizeof waited, "waited %g s for the other ranks", DEADLINE * test_slow);
     for (int i = 0; i < places; i++) {
         away_job *a = &all[i];
         char rank[40];
@@ -297,21 +300,21 @@ TEST(a_rank_stays_away)
         double failure = 1e30; /* the first one whose deadline has passed */
         for (int r = 0; r < 4; r++)
             if (r != a->p.rank && a->p.returned_at[r] < failure) failure = a->p.returned_at[r];
-        CHECK(failure - a->p.failed_at > 0.25 * DEADLINE);
+        CHECK(failure - a->p.failed_at > 0.25 * a->job.deadline);
         CHECK_STATUS(a->result.status, LLMPAR_ERR_TIMEOUT);
         for (int r = 0; r < 4; r++) {
             CHECK_INT(a->result.live[r], 0);
             if (r == a->p.rank) continue;
             const char *text = a->p.text[r];
-            if (!strstr(text, rank) || !strstr(text, ": outside, last completed ") || !strstr(text, "waited 3 s for the other ranks") || !strstr(text, "\" (call ") || (strncmp(text, "barrier ", 8) && !strstr(text, "f32[") && !strstr(text, "64[")))
+            if (!strstr(text, rank) || !strstr(text, ": outside, last completed ") || !strstr(text, waited) || !strstr(text, "\" (call ") || (strncmp(text, "barrier ", 8) && !strstr(text, "f32[") && !strstr(text, "64[")))
                 TEST_FAIL("collective %llu, rank %d away: rank %d says: %s", (unsigned long long)a->p.nth, a->p.rank, r, text);
-            if (!(a->p.returned_at[r] - failure < 2)) TEST_FAIL("collective %llu, rank %d away: rank %d returned %.1f s after the first", (unsigned long long)a->p.nth, a->p.rank, r, a->p.returned_at[r] - failure);
+            if (!(a->p.returned_at[r] - failure < 2 * test_slow)) TEST_FAIL("collective %llu, rank %d away: rank %d returned %.1f s after the first", (unsigned long long)a->p.nth, a->p.rank, r, a->p.returned_at[r] - failure);
         }
         train_result_free(&a->result);
     }
 }
 
-TEST(data_source)
+TIMED(data_source)
 {
     static plan p;
     llmpar_llama_config config = small_config();
@@ -336,7 +339,7 @@ static llmpar_status save_nowhere(train_job *job, llmpar_ctx *ctx, llmpar_traine
     return my_plan->bad_token ? llmpar_trainer_save_gradients(trainer, "/no/such/directory/g.safetensors") : llmpar_save_hf(trainer, "/no/such/directory");
 }
 
-TEST(unwritable)
+TIMED(unwritable)
 {
     static plan p;
     llmpar_llama_config config = small_config();
@@ -508,14 +511,14 @@ static void hand_run(by_hand *h, llmpar_status want, const char *part)
     llmpar_status status = llmpar_launch(&launch, hand_rank, h, &error);
     if (status != want || !strstr(error.text, part) || (want && error.rank != h->rank))
         TEST_FAIL("unit %d %s instruction %d, gradient %d: got %s: rank %d: %s", h->unit, h->backward ? "backward" : "forward", h->op, h->gradient_unit, llmpar_status_string(status), (int)error.rank, error.text);
-    if (want) CHECK(test_clock() - h->failed_at < 2);
+    if (want) CHECK(test_clock() - h->failed_at < 2 * test_slow);
     for (int i = 0; i < 4; i++) {
         CHECK_STATUS(h->status[i], !want ? LLMPAR_OK : i == h->rank ? want : LLMPAR_ERR_PEER);
         CHECK_INT(h->live[i], 0);
     }
 }
 
-TEST(own_callbacks)
+TIMED(own_callbacks)
 {
     by_hand clean, h;
     memset(&clean, 0, sizeof clean);

@@ -1,5 +1,6 @@
 /* The MPI communicator, under mpirun with any number of processes: every collective against a plain definition and against rank threads, bit for bit; splits, ways to launch, streams. */
 #include "mpi_launch.h"
+#include "timed.h"
 
 /* ---- values ---- */
 
@@ -282,13 +283,13 @@ static llmpar_status own_calls(llmpar_ctx *ctx, void *user)
     }
     return st;
 }
-TEST(beside_own_calls_of_mpi)
+TIMED(beside_own_calls_of_mpi)
 {
     llmpar_mpi_desc mpi = { .unattended = 1 };
     CHECK_OK(launch_with(&mpi, 60, own_calls, NULL, NULL));
     llmpar_error error;
-    double delay = 4;
-    if (test_world > 1) CHECK_STATUS(launch_with(&mpi, 2, late, &delay, &error), LLMPAR_ERR_TIMEOUT);
+    double delay = 4 * test_slow;
+    if (test_world > 1) CHECK_STATUS(launch_with(&mpi, 2 * test_slow, late, &delay, &error), LLMPAR_ERR_TIMEOUT);
 }
 
 /* Threads inside a rank, and rank threads inside a process, are as they were. */

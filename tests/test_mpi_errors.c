@@ -1,5 +1,6 @@
 /* The MPI communicator, under mpirun with any number of processes: the ways in which ranks can fail or disagree that leave all processes alive (test_mpi_fault.c has the others). */
 #include "mpi_launch.h"
+#include "timed.h"
 
 /* ---- without memory ---- */
 
@@ -169,14 +170,14 @@ static llmpar_status peer_fails(llmpar_ctx *ctx, void *user)
     llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank / 2, 0, "pair", &pair);
     if (!st) st = llmpar_all_reduce(ctx->comm, NULL, &call);
     if (!st && ctx->rank == ctx->world - 1) {
-        test_sleep(0.05); /* the others wait by now */
+        test_sleep(0.05 * test_slow); /* the others wait by now */
         st = llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "the loss is nan");
     } else {
-        if (!st && ctx->rank == 0) test_sleep(0.15); /* comes to its next collective only afterwards, and on another communicator */
+        if (!st && ctx->rank == 0) test_sleep(0.15 * test_slow); /* comes to its next collective only afterwards, and on another communicator */
         double start = test_clock();
         if (!st) st = llmpar_all_reduce(ctx->rank == 0 && ctx->world > 2 ? pair : ctx->comm, NULL, &call);
         CHECK_INT(st, LLMPAR_ERR_PEER);
-        CHECK(test_clock() - start < 10);
+        CHECK(test_clock() - start < 10 * test_slow);
         CHECK_TEXT(llmpar_last_error(ctx), "non-finite value: the loss is nan");
         CHECK_TEXT(llmpar_last_error(ctx), "all_reduce sum f32");
         CHECK_TEXT(llmpar_last_error(ctx), "last completed all_reduce");
@@ -187,7 +188,7 @@ static llmpar_status peer_fails(llmpar_ctx *ctx, void *user)
     free(y);
     return st;
 }
-TEST(peer_failure_wakes_everybody)
+TIMED(peer_failure_wakes_everybody)
 {
     if (test_world < 2) return;
     for (int i = 0; i < 2; i++) {
@@ -228,32 +229,34 @@ static llmpar_status returns_early(llmpar_ctx *ctx, void *user)
     }
     return llmpar_all_reduce(ctx->comm, NULL, &call);
 }
-TEST(a_rank_that_returns_while_others_wait)
+TIMED(a_rank_that_returns_while_others_wait)
 {
     if (test_world < 2) return;
     for (int late = 0; late < 2; late++) {
         llmpar_error error;
-        double delay = 0.05 * late, start = test_clock();
+        double delay = 0.05 * late * test_slow, start = test_clock();
         CHECK_STATUS(launch(returns_early, &delay, &error), LLMPAR_ERR_MISMATCH);
         CHECK_TEXT(error.text, "has returned without it");
         CHECK_TEXT(error.text, "step/x");
-        CHECK(test_clock() - start < 20);
+        CHECK(test_clock() - start < 20 * test_slow);
         check_alike(&error);
     }
 }
 
-TEST(deadline)
+TIMED(deadline)
 {
     llmpar_error error;
+    char waited[40];
     if (test_world < 2) return;
-    double delay = 5;
-    CHECK_STATUS(launch_with(NULL, 2.5, late, &delay, &error), LLMPAR_ERR_TIMEOUT);
+    double delay = 5 * test_slow;
+    snprintf(waited, sizeof waited, "waited %g s", 2.5 * test_slow);
+    CHECK_STATUS(launch_with(NULL, 2.5 * test_slow, late, &delay, &error), LLMPAR_ERR_TIMEOUT);
     CHECK_TEXT(error.text, "barrier \"second\"");
-    CHECK_TEXT(error.text, "waited 2.5 s");
+    CHECK_TEXT(error.text, waited);
     CHECK_TEXT(error.text, "last completed barrier \"first\"");
     check_alike(&error);
     delay = 0.5;
-    CHECK_OK(launch_with(NULL, 60, late, &delay, &error));
+    CHECK_OK(launch_with(NULL, 60 * test_slow, late, &delay, &error));
 }
 
 static llmpar_status aborts(llmpar_ctx *ctx, void *user)

@@ -1,6 +1,7 @@
 /* One rank does what ranks should not, in the middle of work; run by tests/mpi.sh, which looks at what the others report:
      mpirun -n 4 test_mpi_fault HOW PLACE VICTIM DIRECTORY
    HOW: error (its function returns one), exit (exit code 3, no farewell), kill (SIGKILL), stop (SIGSTOP), loop (for ever); soak SECONDS: nothing, but delays of up to 2 s everywhere.
+   LLMPAR_TEST_SLOW=2: with twice the time.
    PLACE: which collective, before or inside it; `test_mpi_fault places` prints their number. Every process writes DIRECTORY/rank_N: the seconds from the fault to its report, and the report. */
 #include "test.h"
 
@@ -21,6 +22,7 @@ enum { PLACES = sizeof places / sizeof places[0] };
 static const char *how, *directory;
 static int victim, where;
 static struct timespec begun;
+static int slow = 1;
 static llmpar_device plain;
 
 static double since(struct timespec from)
@@ -110,7 +112,7 @@ static llmpar_status work(llmpar_ctx *ctx, void *user)
             ctx->device->tree_sum = struck_sum;
             if (!strncmp(p->op, "all_g", 5) || !strncmp(p->op, "all_t", 5)) ctx->device->copy = struck_copy;
         } else {
-            usleep(200000); /* the others wait by now */
+            usleep(200000 * (unsigned)slow); /* the others wait by now */
             st = strike(&ctx->error);
         }
     }
@@ -153,10 +155,12 @@ static llmpar_status soak(llmpar_ctx *ctx, void *user)
 int main(int argc, char **argv)
 {
     if (argc > 1 && !strcmp(argv[1], "places")) { printf("%d\n", (int)PLACES); return 0; }
+    if (getenv("LLMPAR_TEST_SLOW")) slow = atoi(getenv("LLMPAR_TEST_SLOW"));
+    llmpar_mpi_desc mpi = { .silence = 5 * slow };
     if (argc > 2 && !strcmp(argv[1], "soak")) {
         double seconds = atof(argv[2]);
         llmpar_error error;
-        llmpar_launch_desc desc = { .transport = LLMPAR_TRANSPORT_MPI, .deadline = 5 };
+        llmpar_launch_desc desc = { .transport = LLMPAR_TRANSPORT_MPI, .mpi = &mpi, .deadline = 5 * slow };
         clock_gettime(CLOCK_REALTIME, &begun);
         if (!llmpar_launch(&desc, soak, &seconds, &error)) return 0;
         fprintf(stderr, "%s\n", error.text);
@@ -170,8 +174,8 @@ int main(int argc, char **argv)
     llmpar_error error;
     /* The rank that does not hear the victim's heart is the first to give up: it has to ask before it says where the victim is. */
     const char *mine = getenv("OMPI_COMM_WORLD_RANK") ? getenv("OMPI_COMM_WORLD_RANK") : getenv("PMI_RANK");
-    double deadline = !mine || atoi(mine) == (victim + 3) % 4 ? 5 : 5.5;
-    llmpar_launch_desc desc = { .transport = LLMPAR_TRANSPORT_MPI, .deadline = deadline, .log = report };
+    double deadline = !mine || atoi(mine) == (victim + 3) % 4 ? 5 * slow : 5.5 * slow;
+    llmpar_launch_desc desc = { .transport = LLMPAR_TRANSPORT_MPI, .mpi = &mpi, .deadline = deadline, .log = report };
     llmpar_status st = llmpar_launch(&desc, work, NULL, &error);
     return st ? 1 : 0;
 }

@@ -1,6 +1,7 @@
 /* The NCCL communicator where things go wrong, on a stand-in for NCCL: ranks that disagree, fail, stay away, fall silent or die; NCCL's own errors; strangers on the port; ranks that do not belong together. Every rank
    hears of it, the text names who and what, and nothing is left. */
 #include "nccl_rig.h"
+#include "timed.h"
 #include "ports.h"
 
 #include <errno.h>
@@ -70,7 +71,9 @@ static void run(int ranks, const llmpar_nccl_desc *desc, llmpar_rank_fn fn, void
     script s = { fn, user };
     memset(&seen, 0, sizeof seen);
     for (int i = 0; i < MOST; i++) seen.status[i] = (llmpar_status)-1;
-    seen.job = rig_launch(ranks, desc, noted, &s, &seen.error);
+    llmpar_nccl_desc slower = desc ? *desc : (llmpar_nccl_desc) { .deadline = 0 };
+    slower.deadline *= test_slow;
+    seen.job = rig_launch(ranks, desc ? &slower : NULL, noted, &s, &seen.error);
     __atomic_store_n(&muted, -1, __ATOMIC_SEQ_CST);
 }
 
@@ -198,7 +201,7 @@ static llmpar_status fails(llmpar_ctx *ctx, void *user)
     for (int i = 0; i < 50 && !st; i++) st = sum(ctx, "next");
     return st;
 }
-TEST(a_rank_fails)
+TIMED(a_rank_fails)
 {
     for (int who = 0; who < 4; who++) {
         fake_nccl_reset();
@@ -209,7 +212,7 @@ TEST(a_rank_fails)
         CHECK_INT(seen.error.rank, who);
         all_say(4, who, "the disk is full");
         all_say(4, who, "last completed all_reduce sum f32[10] \"first\"");
-        for (int r = 0; r < 4; r++) CHECK(seen.seconds[r] < 5);
+        for (int r = 0; r < 4; r++) CHECK(seen.seconds[r] < 5 * test_slow);
     }
 }
 
@@ -219,14 +222,16 @@ static llmpar_status late(llmpar_ctx *ctx, void *user)
     if (ctx->rank == 2) test_sleep(*(double *)user);
     return st ? st : sum(ctx, "second");
 }
-TEST(a_rank_is_late)
+TIMED(a_rank_is_late)
 {
-    double delay = 4.5;
+    char waited[200];
+    double delay = 4.5 * test_slow;
     llmpar_nccl_desc desc = { .deadline = 2 };
     fake_nccl_reset();
     run(3, &desc, late, &delay);
     CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
-    CHECK_TEXT(seen.error.text, "all_reduce sum f32[10] \"second\" (call 5 on world): waited 2 s for the other ranks; rank 2: outside, last completed all_reduce sum f32[10] \"first\"");
+    snprintf(waited, sizeof waited, "all_reduce sum f32[10] \"second\" (call 5 on world): waited %g s for the other ranks; rank 2: outside, last completed all_reduce sum f32[10] \"first\"", 2 * test_slow);
+    CHECK_TEXT(seen.error.text, waited);
     CHECK_STATUS(seen.status[2], LLMPAR_ERR_PEER);
     delay = 0.3;
     desc.deadline = 30;
@@ -242,15 +247,15 @@ static llmpar_status loses(llmpar_ctx *ctx, void *user)
     int who = *(int *)user, rest = 0;
     llmpar_status st = sum(ctx, "first");
     if (ctx->rank == (who > 0 ? who : 1)) {
-        test_sleep(0.2);
+        test_sleep(0.2 * test_slow);
         for (int i = 1; i < ctx->world; i++)
             if (!who || i == who) shutdown(__atomic_load_n(&fd_of[i], __ATOMIC_SEQ_CST), SHUT_RDWR);
-        test_sleep(1);
+        test_sleep(test_slow);
     }
     for (rest = 0; rest < 3 && !st; rest++) st = sum(ctx, "next");
     return st;
 }
-TEST(a_connection_breaks)
+TIMED(a_connection_breaks)
 {
     for (int who = 0; who < 4; who++) {
         char want[100], host[64];
@@ -272,11 +277,11 @@ static llmpar_status falls_silent(llmpar_ctx *ctx, void *user)
     (void)user;
     if (ctx->rank == 1) {
         __atomic_store_n(&muted, 2, __ATOMIC_SEQ_CST);
-        test_sleep(2.6);
+        test_sleep(2.6 * test_slow); /* the same silence: looks are counted, and there may be few */
     }
     return st ? st : sum(ctx, "second");
 }
-TEST(a_rank_falls_silent)
+TIMED(a_rank_falls_silent)
 {
     llmpar_nccl_desc desc = { .silence = 1.5 };
     fake_nccl_reset();
@@ -293,11 +298,11 @@ static llmpar_status talks_nonsense(llmpar_ctx *ctx, void *user)
     memset(nonsense, *(int *)user, sizeof nonsense);
     if (ctx->rank == 1) {
         syscall(SYS_sendto, __atomic_load_n(&fd_of[2], __ATOMIC_SEQ_CST), nonsense, sizeof nonsense, 0, NULL, 0);
-        test_sleep(0.5);
+        test_sleep(0.5 * test_slow);
     }
     return st ? st : sum(ctx, "second");
 }
-TEST(nonsense_on_a_connection)
+TIMED(nonsense_on_a_connection)
 {
     for (int byte = 0; byte < 256; byte += 85) {
         fake_nccl_reset();
@@ -316,13 +321,13 @@ static llmpar_status drops_another(llmpar_ctx *ctx, void *user)
     llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank < 2 ? 0 : -1, 0, "part", &part);
     if (!st && ctx->rank == 1) {
         syscall(SYS_sendto, __atomic_load_n(&fd_of[2], __ATOMIC_SEQ_CST), &m, sizeof m, MSG_NOSIGNAL, NULL, 0);
-        test_sleep(0.3);
+        test_sleep(0.3 * test_slow);
     }
     if (!st) st = sum(ctx, "second");
     llmpar_comm_destroy(part);
     return st;
 }
-TEST(drops_of_what_is_not_its_own)
+TIMED(drops_of_what_is_not_its_own)
 {
     for (uint64_t id = 1; id < 3; id++) { /* that of the others; one that nobody has */
         fake_nccl_reset();
@@ -351,12 +356,12 @@ static llmpar_status talks_lies(llmpar_ctx *ctx, void *user)
             }
             if (syscall(SYS_sendto, __atomic_load_n(&fd_of[2], __ATOMIC_SEQ_CST), &m, 16 + m.bytes, MSG_NOSIGNAL, NULL, 0) < 0) break;
         }
-        test_sleep(0.2);
+        test_sleep(0.2 * test_slow);
     }
     for (int i = 0; i < 3 && !st; i++) st = sum(ctx, "next");
     return st;
 }
-TEST(lies_on_a_connection)
+TIMED(lies_on_a_connection)
 {
     llmpar_nccl_desc desc = { .deadline = 3 };
     for (unsigned seed = 1; seed < 8 + (unsigned)test_rounds(12); seed++) {
@@ -364,7 +369,7 @@ TEST(lies_on_a_connection)
         fake_nccl.quiet = 1;
         run(3, &desc, talks_lies, &seed);
         for (int r = 0; r < 3; r++) {
-            CHECK(seen.seconds[r] < 20);
+            CHECK(seen.seconds[r] < 20 * test_slow);
             for (const char *c = seen.text[r]; *c; c++) CHECK((unsigned char)*c >= 32 && *c != 127);
         }
         if (seed == 5 || seed == 7) CHECK(!strstr(seen.text[0], "what is no message of this library")); /* whose bodies may be anything: so heads are sound */
@@ -380,10 +385,12 @@ static llmpar_status several(llmpar_ctx *ctx, void *user)
     for (int i = 0; i < 6 && !st; i++) st = sum(ctx, "several");
     return st;
 }
-TEST(nccl_fails)
+TIMED(nccl_fails)
 {
+    char waited[40];
+    snprintf(waited, sizeof waited, "waited %g s", test_slow);
     static const fake_nccl_kind kinds[] = { FAKE_NCCL_REFUSES, FAKE_NCCL_BREAKS, FAKE_NCCL_HANGS };
-    static const char *const texts[] = { "unhandled system error: the group was refused", "remote process exited", "waited 1 s" };
+    const char *const texts[] = { "unhandled system error: the group was refused", "remote process exited", waited };
     for (int k = 0; k < 3; k++)
         for (int at = 1; at <= 3; at += 2) {
             llmpar_nccl_desc desc = { .deadline = k == 2 ? 1 : 30 };
@@ -399,8 +406,9 @@ TEST(nccl_fails)
             }
         }
 }
-TEST(nccl_init_fails)
+TIMED(nccl_init_fails)
 {
+    char within[80];
     fake_nccl_reset();
     fake_nccl.kind = FAKE_NCCL_INIT_REFUSES;
     fake_nccl.rank = 2;
@@ -414,7 +422,8 @@ TEST(nccl_init_fails)
     fake_nccl.rank = 2;
     run(3, &desc, several, NULL);
     CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
-    CHECK_TEXT(seen.error.text, "ncclCommInitRankConfig has not ended within 1 s");
+    snprintf(within, sizeof within, "ncclCommInitRankConfig has not ended within %g s", test_slow);
+    CHECK_TEXT(seen.error.text, within);
 }
 TEST(an_old_nccl)
 {
@@ -444,8 +453,10 @@ static llmpar_status hangs_on_stream(llmpar_ctx *ctx, void *user)
     if (stream) device->stream_destroy(device, stream);
     return st;
 }
-TEST(a_gpu_hangs)
+TIMED(a_gpu_hangs)
 {
+    char waited[60];
+    snprintf(waited, sizeof waited, "waited %g s for the other ranks", 2 * test_slow);
     llmpar_nccl_desc desc = { .deadline = 2 };
     for (int at = 1; at <= 4; at += 3) {
         fake_nccl_reset();
@@ -455,7 +466,7 @@ TEST(a_gpu_hangs)
         run(3, &desc, hangs_on_stream, NULL);
         CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
         for (int r = 0; r < 3; r++) CHECK_TEXT(seen.text[r], "\"streamed\"");
-        CHECK_TEXT(seen.error.text, "waited 2 s for the other ranks");
+        CHECK_TEXT(seen.error.text, waited);
     }
 }
 
@@ -600,7 +611,7 @@ TEST(wrong_descriptions)
 }
 
 /* Rank 0 says why there is nowhere to meet, in the way in which it would have said where. */
-TEST(rank_0_cannot_listen)
+TIMED(rank_0_cannot_listen)
 {
     char directory[] = "/tmp/llmpar_nccl_XXXXXX", path[100];
     CHECK(mkdtemp(directory) != NULL);
@@ -615,7 +626,7 @@ TEST(rank_0_cannot_listen)
         CHECK_STATUS(seen.job, LLMPAR_ERR_IO);
         CHECK_TEXT(seen.error.text, "rank 0 cannot listen for the others: Too many open files");
         CHECK_INT(seen.error.rank, 0);
-        CHECK(test_clock() - begin < 15);
+        CHECK(test_clock() - begin < 15 * test_slow);
         CHECK(access(path, F_OK) != 0);
     }
     CHECK(rmdir(directory) == 0);
@@ -647,20 +658,20 @@ static void *knocks(void *arg)
         if (open_fd[next] >= 0) close(open_fd[next]);
         open_fd[next] = fd;
         next = (next + 1) % 8;
-        test_sleep(0.002);
+        test_sleep(0.002 * test_slow);
     }
     for (int i = 0; i < 8; i++)
         if (open_fd[i] >= 0) close(open_fd[i]);
     return NULL;
 }
-TEST(strangers_on_the_port)
+TIMED(strangers_on_the_port)
 {
     for (int how = 0; how < 4; how++) {
         stranger s = { port_free(), how, 0 };
         char address[64];
         pthread_t thread;
         snprintf(address, sizeof address, "127.0.0.1:%d", s.port);
-        llmpar_nccl_desc desc = { .address = address };
+        llmpar_nccl_desc desc = { .address = address, .deadline = 60 };
         fake_nccl_reset();
         pthread_create(&thread, NULL, knocks, &s);
         run(4, &desc, several, NULL);
@@ -672,16 +683,16 @@ TEST(strangers_on_the_port)
 
 static llmpar_status late_comm(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
 {
-    if (ctx->rank == 2) test_sleep(0.5);
+    if (ctx->rank == 2) test_sleep(0.5 * test_slow);
     return llmpar_nccl_comm_create(ctx, device, desc, out);
 }
-TEST(a_rank_of_another_build)
+TIMED(a_rank_of_another_build)
 {
     stranger s = { port_free(), 4, 0 };
     char address[64];
     pthread_t thread;
     snprintf(address, sizeof address, "127.0.0.1:%d", s.port);
-    llmpar_nccl_desc desc = { .address = address };
+    llmpar_nccl_desc desc = { .address = address, .deadline = 60 };
     rig_comm = late_comm;
     fake_nccl_reset();
     pthread_create(&thread, NULL, knocks, &s);
@@ -703,7 +714,7 @@ static llmpar_status hungry(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpa
     ctx->heap.fail_at = 0;
     return st;
 }
-TEST(set_up_without_memory)
+TIMED(set_up_without_memory)
 {
     llmpar_nccl_desc desc = { .deadline = 20 };
     int in = open("/dev/null", O_RDONLY), stdin_was = dup(0);
@@ -714,7 +725,7 @@ TEST(set_up_without_memory)
             double begin = test_clock();
             fake_nccl_reset();
             run(2, &desc, several, NULL);
-            if (test_clock() - begin > 4) TEST_FAIL("allocation %d of rank %d: the job took %g s to end", starve_at, starved, test_clock() - begin);
+            if (test_clock() - begin > 4 * test_slow) TEST_FAIL("allocation %d of rank %d: the job took %g s to end", starve_at, starved, test_clock() - begin);
             if (fcntl(0, F_GETFD) < 0) TEST_FAIL("allocation %d of rank %d: descriptor 0 is closed", starve_at, starved);
             if (!seen.job) break;
             if (seen.job != LLMPAR_ERR_MEMORY) TEST_FAIL("allocation %d of rank %d: %s", starve_at, starved, seen.error.text);

@@ -2,6 +2,8 @@
    The processes are forked here and launched by their environment, as by torchrun; compiled with LLMPAR_USE_MPI they are mpirun's, and meet through MPI. */
 #include "collectives.h"
 #include "nccl_rig.h"
+#define TEST_FORKS 1
+#include "timed.h"
 #include "ports.h"
 
 #include <pthread.h>
@@ -11,6 +13,13 @@
 #include <unistd.h>
 
 enum { MOST = 4 };
+
+/* Seconds until everybody has heard of it. ThreadSanitizer makes all slower, and allows no watch beside forks. */
+#if defined(__SANITIZE_THREAD__)
+enum { SOON = 60 };
+#else
+enum { SOON = 10 };
+#endif
 
 /* How it ended for each rank: of another process only where the memory is shared. */
 typedef struct outcome { int there; llmpar_status status; llmpar_error error; double seconds; long pid; } outcome;
@@ -27,8 +36,10 @@ static void take_part(llmpar_transport transport, int rank, const llmpar_nccl_de
 {
     llmpar_backend backend;
     outcome *o = &seen[rank];
-    rig_backend(nccl, &backend);
-    llmpar_launch_desc desc = { .transport = transport, .backend = &backend, .check = test_no_leak, .log = rig_log, .threads = 1, .deadline = 20 };
+    llmpar_nccl_desc slower = nccl ? *nccl : (llmpar_nccl_desc) { .deadline = 0 };
+    slower.deadline *= test_slow;
+    rig_backend(nccl ? &slower : NULL, &backend);
+    llmpar_launch_desc desc = { .transport = transport, .backend = &backend, .check = test_no_leak, .log = rig_log, .threads = 1, .deadline = 20 * test_slow };
     double begin = test_clock();
     if (rank == without_device) backend.device_create = no_device;
     if (rank == without_memory) desc.allocator = &poor;
@@ -83,7 +94,7 @@ static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void
         running += child[r] > 0;
         seen[r].pid = child[r] > 0 ? (long)child[r] : seen[r].pid;
         if (child[r]) continue;
-        alarm(30); /* whoever hangs ends */
+        alarm((unsigned)(3 * SOON * test_slow)); /* whoever hangs ends */
         astray = stray && r == ranks - 1;
         variable("RANK", astray ? 1 : r);
         variable("WORLD_SIZE", ranks - stray);
@@ -132,7 +143,7 @@ static void all_say(int ranks, llmpar_status status, int culprit, const char *te
         CHECK_STATUS(o->status, status);
         if (culprit >= 0) CHECK_INT(o->error.rank, culprit);
         if (status) CHECK_TEXT(o->error.text, text);
-        if (o->seconds > 10) TEST_FAIL("rank %d heard of it after %g s", r, o->seconds);
+        if (o->seconds > SOON * test_slow) TEST_FAIL("rank %d heard of it after %g s", r, o->seconds);
     }
     CHECK(said > 0);
 #ifndef LLMPAR_USE_MPI
@@ -157,7 +168,7 @@ static llmpar_status values(llmpar_ctx *ctx, void *user)
     if (!st) st = one_sample(ctx->comm, &large);
     return st ? st : collectives_splits(ctx, NULL);
 }
-TEST(values_of_processes)
+TIMED(values_of_processes)
 {
     for (int ranks = 2; ranks <= 3; ranks++) {
         run(ranks, NULL, values, NULL);
@@ -169,10 +180,10 @@ TEST(values_of_processes)
 static llmpar_status one_after_the_other(llmpar_ctx *ctx, void *user)
 {
     llmpar_status st = sum(ctx, "first");
-    test_sleep(0.2 * (*(int *)user ? ctx->rank : ctx->world - 1 - ctx->rank));
+    test_sleep(0.2 * test_slow * (*(int *)user ? ctx->rank : ctx->world - 1 - ctx->rank));
     return st;
 }
-TEST(the_end)
+TIMED(the_end)
 {
     for (int upwards = 0; upwards < 2; upwards++) {
         run(3, NULL, one_after_the_other, &upwards);
@@ -189,7 +200,7 @@ static llmpar_status fails(llmpar_ctx *ctx, void *user)
     for (int i = 0; i < 50 && !st; i++) st = sum(ctx, "next");
     return st;
 }
-TEST(a_rank_fails)
+TIMED(a_rank_fails)
 {
     for (int who = 0; who < 2; who++) {
         run(3, NULL, fails, &who);
@@ -205,20 +216,20 @@ static llmpar_status otherwise(const llmpar_nccl_desc *given, llmpar_ctx *ctx, l
     if (ctx->rank == 1) desc.slice = 4096;
     return llmpar_nccl_comm_create(ctx, device, &desc, out);
 }
-TEST(ranks_that_do_not_agree)
+TIMED(ranks_that_do_not_agree)
 {
     int nobody = -1;
     rig_comm = otherwise;
     run(2, NULL, fails, &nobody);
     rig_comm = NULL;
-    #ifdef LLMPAR_USE_MPI
+#ifdef LLMPAR_USE_MPI
     all_say(world_of(2), LLMPAR_ERR_MISMATCH, -1, "slice 4096");
 #else
     all_say(2, LLMPAR_ERR_MISMATCH, 1, "slice 4096");
 #endif
 }
 
-TEST(a_rank_has_no_device)
+TIMED(a_rank_has_no_device)
 {
     for (without_device = 0; without_device < world_of(3); without_device++) {
         run(3, NULL, values, NULL);
@@ -230,7 +241,7 @@ TEST(a_rank_has_no_device)
 #ifndef LLMPAR_USE_MPI
 
 /* Rank 0 cannot even listen without: it is missed for the deadline. */
-TEST(a_rank_has_no_memory)
+TIMED(a_rank_has_no_memory)
 {
     for (without_memory = 1; without_memory < 3; without_memory++) {
         run(3, NULL, values, NULL);
@@ -240,7 +251,7 @@ TEST(a_rank_has_no_memory)
 }
 
 /* .. and who cannot take part looks for rank 0 no longer than that. */
-TEST(nobody_to_tell)
+TIMED(nobody_to_tell)
 {
     llmpar_nccl_desc desc = { .deadline = 1 };
     missing = 0;
@@ -255,23 +266,25 @@ TEST(nobody_to_tell)
 }
 
 /* Rank 0 waits for rank 2, to tell it too; who has come does not wait with it. */
-TEST(told_at_once)
+TIMED(told_at_once)
 {
     missing = 2;
     without_device = 1;
     run(4, NULL, values, NULL);
     all_say(4, LLMPAR_ERR_UNSUPPORTED, 1, "the GPU has fallen off the bus");
-    if (seen[3].seconds > 3) TEST_FAIL("rank 3 heard of it after %g s", seen[3].seconds);
+    if (seen[3].seconds > 3 * test_slow) TEST_FAIL("rank 3 heard of it after %g s", seen[3].seconds);
     missing = without_device = -1;
 }
 
-TEST(a_rank_does_not_come)
+TIMED(a_rank_does_not_come)
 {
     llmpar_nccl_desc desc = { .deadline = 1 };
+    char waited[60];
     int nobody = -1;
+    snprintf(waited, sizeof waited, "rank 0 waited %g s for ranks 2", test_slow);
     missing = 2;
     run(3, &desc, fails, &nobody);
-    all_say(3, LLMPAR_ERR_TIMEOUT, 0, "rank 0 waited 1 s for ranks 2");
+    all_say(3, LLMPAR_ERR_TIMEOUT, 0, waited);
     missing = 0;
     run(2, &desc, fails, &nobody);
     all_say(2, LLMPAR_ERR_TIMEOUT, -1, "rank 0 was not to be found at 127.0.0.1");
@@ -281,10 +294,10 @@ TEST(a_rank_does_not_come)
 /* Two jobs whose ports are neighbours: who looks for its own rank 0 behind its port does not join the other job. */
 static llmpar_status comes_late(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
 {
-    if (ctx->rank == 1 && !astray) test_sleep(1);
+    if (ctx->rank == 1 && !astray) test_sleep(test_slow);
     return llmpar_nccl_comm_create(ctx, device, desc, out);
 }
-TEST(neighbouring_jobs)
+TIMED(neighbouring_jobs)
 {
     llmpar_nccl_desc desc = { .deadline = 3 };
     stray = 1;
@@ -302,7 +315,7 @@ TEST(neighbouring_jobs)
 static void *kills(void *arg)
 {
     (void)arg;
-    test_sleep(0.5);
+    test_sleep(0.5 * test_slow);
     __atomic_store_n(&seen[1].there, -1, __ATOMIC_SEQ_CST);
     raise(SIGKILL);
     return NULL;
@@ -313,7 +326,7 @@ static llmpar_status comes_and_dies(const llmpar_nccl_desc *desc, llmpar_ctx *ct
     if (ctx->rank == 1 && pthread_create(&thread, NULL, kills, NULL)) return llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "no thread");
     return llmpar_nccl_comm_create(ctx, device, desc, out);
 }
-TEST(a_process_is_killed_at_the_meeting)
+TIMED(a_process_is_killed_at_the_meeting)
 {
     char want[160], host[64];
     missing = 2;
@@ -338,7 +351,7 @@ static llmpar_status ends(llmpar_ctx *ctx, void *user)
     }
     return st ? st : sum(ctx, "second");
 }
-TEST(a_process_is_killed)
+TIMED(a_process_is_killed)
 {
     for (int who = 0; who < 3; who++) {
         end e = { who, SIGKILL };
@@ -350,7 +363,7 @@ TEST(a_process_is_killed)
         all_say(3, LLMPAR_ERR_TIMEOUT, who, want);
     }
 }
-TEST(a_process_is_stopped)
+TIMED(a_process_is_stopped)
 {
     llmpar_nccl_desc desc = { .silence = 1.5 };
     end e = { 1, SIGSTOP };

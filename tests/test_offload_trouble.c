@@ -8,7 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define PLACE "build/offload.test"
+static char place[64]; /* of this process: other builds of this program may run beside */
 
 static int entries(const char *directory)
 {
@@ -54,7 +54,7 @@ static llmpar_status in_trouble(const net_job *job, llmpar_fsdp *fsdp)
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_schedule *schedule = NULL;
     net_device = mesh->ctx->device;
-    CHECK_INT(entries(PLACE), 0); /* while it is in use, too */
+    CHECK_INT(entries(place), 0); /* while it is in use, too */
     if (open_files(0) < 1) TEST_FAIL("no file is open");
     llmpar_status status = net_schedule(job, fsdp, &schedule);
     for (int i = 0; i < 3 && !status; i++) {
@@ -77,8 +77,8 @@ TEST(files_in_trouble)
 {
     llmpar_error error;
     mkdir("build", 0777);
-    if (system("rm -rf " PLACE)) TEST_FAIL("cannot remove %s", PLACE); /* with what a run that failed has left there */
-    mkdir(PLACE, 0777);
+    snprintf(place, sizeof place, "build/offload-XXXXXX");
+    if (!mkdtemp(place)) { TEST_FAIL("cannot make %s", place); return; }
     signal(SIGXFSZ, SIG_IGN);
     for (int ranks = 1; ranks <= 2; ranks++) {
         struct rlimit old;
@@ -94,12 +94,12 @@ TEST(files_in_trouble)
         job.fsdp.offload_dir = "/proc"; /* nobody may make files there */
         CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
         CHECK_TEXT(error.text, "expected a directory that files can be made in");
-        job.fsdp.offload_dir = PLACE;
+        job.fsdp.offload_dir = place;
         for (job.lost_rank = ranks; job.lost_rank; job.lost_rank--) { /* one rank's trouble is everybody's */
             CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
             CHECK_INT(error.rank, job.lost_rank - 1);
             CHECK_TEXT(error.text, "offload: there/is/no/such/llmpar-offload-");
-            CHECK_INT(entries(PLACE) + open_files(0), 0);
+            CHECK_INT(entries(place) + open_files(0), 0);
         }
         getrlimit(RLIMIT_FSIZE, &old);
         limit_files(8192);
@@ -117,11 +117,11 @@ TEST(files_in_trouble)
             CHECK_TEXT(error.text, trouble == 1 ? "write of " : trouble == 2 ? "read of " : "planned failure");
             CHECK_TEXT(error.text, trouble == 1 ? "File too large" : trouble == 2 ? "the file ends before them" : "embed: ");
             CHECK_TEXT(error.text, trouble < 3 ? " bytes at " : "embed: ");
-            CHECK_INT(entries(PLACE), 0);
+            CHECK_INT(entries(place), 0);
             CHECK_INT(open_files(0), 0);
         }
     }
-    CHECK(!rmdir(PLACE));
+    CHECK(!rmdir(place));
 }
 
 /* The n-th allocation fails, the first ones each, later ones ever further apart: an error, nothing leaked. */

@@ -1,6 +1,7 @@
 /* A rank that returns an error, or stays away for ever, at 27 places: every survivor says soon where it is and where every other rank is, and the job ends. And ranks that are merely late are no alarm.
    LLMPAR_TEST_SOAK=300: seconds of the soak, with delays up to 2 s; default 3 with delays up to 20 ms. */
 #include "faults.h"
+#include "timed.h"
 
 #include <pthread.h>
 #include <unistd.h>
@@ -26,7 +27,7 @@ static void survivors(const fault_case *c)
     for (int r = 0; r < FAULTS_RANKS; r++) {
         if (r == c->culprit) continue;
         if (c->status[r] != LLMPAR_ERR_PEER && c->status[r] != LLMPAR_ERR_TIMEOUT) TEST_FAIL("%s: rank %d returned %s", fault_name(c), r, llmpar_status_string(c->status[r]));
-        if (!(c->returned_at[r] - failure < 2)) TEST_FAIL("%s: rank %d returned %.1f s after the failure", fault_name(c), r, c->returned_at[r] - failure);
+        if (!(c->returned_at[r] - failure < 2 * test_slow)) TEST_FAIL("%s: rank %d returned %.1f s after the failure", fault_name(c), r, c->returned_at[r] - failure);
         /* The culprit: rank, coordinate, and where it was last. */
         snprintf(culprit, sizeof culprit, " %d (dp_shard=%d tp=%d)", c->culprit, c->culprit / 2, c->culprit % 2); /* "rank 2 (..)", or "ranks 1 (..) 2 (..)" of equal state */
         snprintf(place, sizeof place, ": outside, last completed barrier \"before\" (call %d on %s)", c->axis == FAULT_WORLD ? 8 : 1, fault_axis_name[c->axis]);
@@ -42,7 +43,7 @@ static void survivors(const fault_case *c)
     if (!strstr(c->text[r], mine)) TEST_FAIL("%s: rank %d says: %s; expected: %s", fault_name(c), r, c->text[r], mine);
 }
 
-TEST(a_rank_returns_an_error)
+TIMED(a_rank_returns_an_error)
 {
     for (int i = 0; i < PLACES; i++) {
         fault_case c = place(i, FAULT_ERROR);
@@ -63,19 +64,21 @@ static void *run(void *c)
 }
 
 /* All places at once: they sleep most of the time. */
-TEST(a_rank_stays_away)
+TIMED(a_rank_stays_away)
 {
     static fault_case c[PLACES];
+    char waited[80];
     pthread_t thread[PLACES];
     for (int i = 0; i < PLACES; i++) {
         c[i] = place(i, FAULT_AWAY);
-        c[i].deadline = 2;
+        c[i].deadline = 2 * test_slow;
         if (pthread_create(&thread[i], NULL, run, &c[i])) { TEST_FAIL("no thread"); return; }
     }
     for (int i = 0; i < PLACES; i++) pthread_join(thread[i], NULL);
+    snprintf(waited, sizeof waited, "waited %g s for the other ranks (rank ", 2 * test_slow);
     for (int i = 0; i < PLACES; i++) {
         CHECK_STATUS(c[i].job, LLMPAR_ERR_TIMEOUT);
-        CHECK_TEXT(c[i].error.text, "waited 2 s for the other ranks (rank ");
+        CHECK_TEXT(c[i].error.text, waited);
         CHECK(!strstr(c[i].error.text, "stuck"));
         CHECK_STATUS(c[i].status[c[i].culprit], LLMPAR_ERR_PEER); /* it came after all, too late */
         survivors(&c[i]);
@@ -97,7 +100,7 @@ static void stuck_line(void *user, int rank, llmpar_log_level level, const char 
     snprintf(log->text[rank], sizeof log->text[0], "%s", line);
 }
 
-TEST(a_rank_that_never_returns)
+TIMED(a_rank_that_never_returns)
 {
     static fault_case c; /* the rank goes on using it when launch has returned */
     static stuck_log log;
@@ -106,13 +109,14 @@ TEST(a_rank_that_never_returns)
     char directory[300], path[340], *text;
     snprintf(directory, sizeof directory, "%.200s/llmpar-stuck-XXXXXX", root && root[0] ? root : "/tmp");
     if (!mkdtemp(directory)) { TEST_FAIL("cannot make %s", directory); return; }
+    memset(&log, 0, sizeof log);
     c = fault_of(X_ALL_REDUCE, FAULT_TP, FAULT_AWAY, 1, 2);
     c.keep_away = 1;
-    llmpar_launch_desc desc = { .ranks = FAULTS_RANKS, .deadline = 0.5, .record = directory, .log = stuck_line, .log_user = &log, .check = fault_check, .allocator = &counting };
+    llmpar_launch_desc desc = { .ranks = FAULTS_RANKS, .deadline = 0.5 * test_slow, .record = directory, .log = stuck_line, .log_user = &log, .check = fault_check, .allocator = &counting };
     double start = test_clock();
     llmpar_status st = llmpar_launch(&desc, fault_rank, &c, &c.error);
     CHECK_STATUS(st, LLMPAR_ERR_TIMEOUT);
-    CHECK(test_clock() - start > 5 && test_clock() - start < 30);
+    CHECK(test_clock() - start > 5 && test_clock() - start < 30 * test_slow);
     CHECK_TEXT(c.error.text, "rank 2 (dp_shard=1 tp=0): outside");
     CHECK_TEXT(c.error.text, "; stuck and left running, with their memory: rank 2");
     CHECK_INT(c.status[2], LLMPAR_STATUS_COUNT);
@@ -149,7 +153,7 @@ TEST(a_rank_that_never_returns)
     rmdir(directory);
     /* When the rank comes back, it frees what all shared. */
     __atomic_store_n(&c.release, 1, __ATOMIC_SEQ_CST);
-    for (int i = 0; i < 3000 && __atomic_load_n(&blocks, __ATOMIC_SEQ_CST); i++) test_sleep(0.01);
+    for (int i = 0; i < 12000 && __atomic_load_n(&blocks, __ATOMIC_SEQ_CST); i++) test_sleep(0.01);
     CHECK_INT(__atomic_load_n(&blocks, __ATOMIC_SEQ_CST), 0);
     CHECK_STATUS(c.status[2], LLMPAR_ERR_PEER);
 }
@@ -190,11 +194,11 @@ static llmpar_status soak_rank(llmpar_ctx *ctx, void *user)
     return st;
 }
 
-TEST(late_ranks_are_no_alarm)
+TIMED(late_ranks_are_no_alarm)
 {
     const char *seconds = getenv("LLMPAR_TEST_SOAK");
     soak s = { seconds && seconds[0] ? atof(seconds) : 3, seconds && seconds[0] ? 2.0 : 0.02, 0, 0 };
-    llmpar_launch_desc desc = { .ranks = FAULTS_RANKS, .deadline = 30, .log = fault_quiet };
+    llmpar_launch_desc desc = { .ranks = FAULTS_RANKS, .deadline = 30 * test_slow, .log = fault_quiet };
     llmpar_error error;
     if (llmpar_launch(&desc, soak_rank, &s, &error)) TEST_FAIL("round %llu: %s", (unsigned long long)s.rounds, error.text);
     CHECK(s.rounds > 3);

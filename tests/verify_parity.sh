@@ -18,7 +18,7 @@ expect()
 {
     local name=$1 code=$2 pattern=$3 got
     shift 3
-    timeout 120 "$@" >output 2>&1 </dev/null
+    timeout 600 "$@" >output 2>&1 </dev/null
     got=$?
     if [ $got -eq "$code" ] && grep -Eq -- "$pattern" output && [ -z "$(ls -A tmp)" ]; then passed=$((passed + 1)); else
         failed=$((failed + 1))

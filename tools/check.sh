@@ -36,8 +36,17 @@ beside()
     shift
     rm -f "$log.code"
     { start=$(date +%s); "$@" >"$log" 2>&1; echo "$? $(($(date +%s) - start))" >"$log.end"; mv "$log.end" "$log.code"; } &
+    echo $! >"$log.pid"
 }
-ended() { while [ ! -s "build/check/beside.$1.code" ]; do sleep 0.2; done; } # in a pipeline, whose shell cannot wait for a job of the outer one
+ended() # in a pipeline, whose shell cannot wait for a job of the outer one
+{
+    local log=build/check/beside.$1 lives=1
+    while [ ! -s "$log.code" ]; do
+        [ -n "$lives" ] || echo "137 0" >"$log.code" # killed, for want of memory perhaps
+        kill -0 "$(cat "$log.pid")" 2>/dev/null || lives=
+        sleep 0.2
+    done
+}
 behind()
 {
     ended "$1"
@@ -127,7 +136,7 @@ LLMPAR_TEST_QUICK=1 phase nccl-tsan $make $jobs test-nccl-tsan $([ -n "$full" ] 
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase emulated-asan $make $jobs test-cuda-asan
 [ -z "$full" ] || phase emulated-tsan $make $jobs test-cuda-tsan
 [ -z "$full" ] || phase check-nccl $make check-nccl
-phase fuzz $make test-fuzz ${full:+FUZZ_OPT=-O1} FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
+LLMPAR_FUZZ_SEED=$([ -n "$full" ] && echo 0 || echo 1) phase fuzz $make test-fuzz ${full:+FUZZ_OPT=-O1} FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -z "$full" ]; then
     phase plant $make test-plant PLANT=sample
     LLMPAR_TEST_QUICK=1 phase aarch64 $make $jobs test-aarch64 TEST='test_attention test_generate' # where products, and what decoding makes of them, have other kernels

@@ -1,11 +1,11 @@
 #!/bin/sh
-# tests/fuzz/run.sh SECONDS NAME...: each fuzzer runs its committed corpus (and LLMPAR_TEST_DATA/NAME/parsing where that exists), then mutates it. As many at a time as there are processors, at most four (LLMPAR_TEST_JOBS).
+# tests/fuzz/run.sh SECONDS NAME...: each fuzzer runs its committed corpus (and LLMPAR_TEST_DATA/NAME/parsing where that exists), then mutates it. As many at a time as there are processors, at most four (LLMPAR_TEST_JOBS). Always the same mutations, as many as there is time for; LLMPAR_FUZZ_SEED=0: others each time.
 if [ "$1" = --one ]; then # SECONDS NAME
     seconds=$2 name=$3
     corpus=tests/fuzz/$name
     [ ! -d "$LLMPAR_TEST_DATA/$name/parsing" ] || corpus="$corpus $LLMPAR_TEST_DATA/$name/parsing"
     mkdir -p "build/fuzz/corpus_$name"
-    "build/fuzz/fuzz_$name" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ "build/fuzz/corpus_$name" $corpus >"build/fuzz/$name.log" 2>&1
+    "build/fuzz/fuzz_$name" -max_total_time="$seconds" -seed="${LLMPAR_FUZZ_SEED:-1}" -timeout=60 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ "build/fuzz/corpus_$name" $corpus >"build/fuzz/$name.log" 2>&1
     echo $? >"build/fuzz/$name.code"
     exit 0
 fi
