@@ -31,7 +31,7 @@ DO THIS
             llmpar_mesh *mesh = NULL; llmpar_llama *model = NULL; llmpar_trainer *t = NULL; llmpar_step s;
             llmpar_status st = llmpar_mesh_create(ctx, &(llmpar_mesh_desc){ .dp_shard = 2, .tp = 2 }, &mesh);
             if (!st) st = llmpar_llama_create(ctx, &(llmpar_llama_desc){ .preset = "tiny", .seed = 1 }, &model);
-            if (!st) st = llmpar_parallelize(mesh, model, &(llmpar_trainer_desc){ .data = (const char *)user, .seq_len = 256, .batch = 8, .lr = 1e-3 }, &t);
+            if (!st) st = llmpar_parallelize(mesh, model, &(llmpar_trainer_desc){ .data = user, .seq_len = 256, .batch = 8, .lr = 1e-3 }, &t);
             for (int i = 0; !st && i < 200; i++) st = llmpar_trainer_step(t, &s);
             if (!st) st = llmpar_save_hf(t, "out");                          // transformers loads this
             llmpar_trainer_destroy(t); llmpar_llama_destroy(model); llmpar_mesh_destroy(mesh);   // NULL is fine
@@ -41,7 +41,7 @@ DO THIS
         int main(void)
         {
             llmpar_error err;
-            if (llmpar_launch(&(llmpar_launch_desc){ .ranks = 4 }, train, (void *)"input.txt", &err)) { fprintf(stderr, "%s\n", err.text); return 1; }
+            if (llmpar_launch(&(llmpar_launch_desc){ .ranks = 4 }, train, "input.txt", &err)) { fprintf(stderr, "%s\n", err.text); return 1; }
             return 0;
         }
 
@@ -54,18 +54,17 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_STATIC           every function is static: the library is private to this file (with LLMPAR_NO_... gcc's
                             -Wunused-function then names the functions that are left out)
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
-                            (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
-    LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
-                            vector width; define it if you rename the file
+                            (everywhere alike, e.g. __attribute__((visibility("default"))))
+    LLMPAR_HEADER           the file's name, if renamed (default "llmpar.h"): it includes itself once a vector width
     LLMPAR_USE_MPI          adds ranks that are MPI processes, on one machine or many: compile this file with mpicc, start the program with
-                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks, with the same bits. Nothing else changes;
-                            declarations need no mpi.h. Without mpirun the ranks are threads as before
+                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks. Declarations need no mpi.h.
+                            Without mpirun the ranks are threads as before
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
-    LLMPAR_NO_TEXT          ... of tokenizer and token data
+    LLMPAR_NO_TEXT          ... of token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
     LLMPAR_NO_SIM           ... of the device that only counts: no plan of memory, so memory_limit is refused
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
-                            (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
+                            (never a declaration: a call of what is left out fails to link)
 
     Environment: LLMPAR_CPU=portable|avx2|avx512|avx512bf16 forces a dispatch level. Bits may differ between levels, never between
     meshes of one level.
@@ -75,13 +74,12 @@ llmpar DOES NOT
     - print, exit or abort: every fallible call returns llmpar_status, and the text of the error names rank, mesh
       coordinate, tensor, expected and got. (llmpar_launch and the trainer write to callbacks; their default is
       stderr and stdout.)
-    - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator. (Two exceptions
-      are malloc's, because they outlive a rank or belong to another thread: records that llmpar_launch keeps for a
-      failure report, and over MPI the place where messages to a failed rank are dropped.)
+    - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator. (Two are
+      malloc's, as they outlive a rank: records for a failure report, and over MPI where messages to a failed rank go.)
     - run under -ffast-math or -Ofast: equal bits need the order of sums that the source has. Contraction of a*b+c is
       switched off for this header alone; your own code keeps its flags.
-    - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever
-      needs more brings a device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
+    - use GPUs by itself: llmpar_cuda.h and llmpar_nccl.h do (docs/gpu.md). For anything else bring a device table
+      (llmpar_device) or a communicator table (llmpar_comm) of your own.
     - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces, and
       gradients that travel in less than f32 (reduce_dtype), are deterministic, and refused under `exact = require`.
 
@@ -150,7 +148,7 @@ fsdp - optim - io - text - model - model_io - run. Each declaration says its sha
 #define LLMPAR__VERSION_TEXT(major, minor, patch) LLMPAR__TEXT(major) "." LLMPAR__TEXT(minor) "." LLMPAR__TEXT(patch)
 #define LLMPAR__TEXT(x) #x
 
-/* Linkage. LLMPAR_API may be defined by the user (dllexport, visibility). LLMPAR_STATIC makes every public
+/* Linkage. LLMPAR_API may be defined by the user (visibility). LLMPAR_STATIC makes every public
    function static. LLMPAR__PRIVATE marks functions shared between modules but not with users: static in the
    generated header, extern when the modules are built one by one (LLMPAR__SEPARATE). */
 #ifndef LLMPAR_API
@@ -2483,6 +2481,10 @@ LLMPAR_EXTERN_C_END
 #error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
 #endif
 
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h> /* here: each of its functions would carry the pragma's options */
+#endif
+
 /* a*b+c must not become a fused multiply-add behind the source's back: bits would depend on the instruction set. */
 #if defined(__clang__) && defined(__x86_64__)
 #pragma float_control(push)
@@ -3515,6 +3517,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VLANES LLMPAR__VPASTE(LLMPAR__VLANES_, LLMPAR__VLEVEL)
 #define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
 #define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
+#define LLMPAR__VHALVES (!LLMPAR__VDOUBLE && (LLMPAR__VLANES > 4 || !LLMPAR__VX86)) /* BF16 beside the own type, else by a call */
 #define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
 #define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
 #define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
@@ -4994,7 +4997,7 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 
 #endif
 
-/* Sixteen rows at a time, a line of out, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
+/* Sixteen rows at a time, a line of out, or eight, to their end: processors follow that many streams by themselves, not 48 short ones. */
 LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
     int64_t i = 0, j;
@@ -5004,7 +5007,7 @@ LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int
         int64_t r;
         const float *at = in + i * ld;
         float *to = out + i;
-        step = rows - i < 8 ? 4 : rows - i < 16 ? 8 : 16;
+        step = rows - i < 8 ? 4 : rows - i < 16 || ld % 1024 == 0 ? 8 : 16; /* of lines 4 KB apart L1 holds eight */
         if (step >= 8)
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
                 llmpar__gemm_transpose_8(at, ld, to, ld_out);
@@ -5082,14 +5085,14 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
         float *out = packing->out + panel * packing->distance;
         int64_t valid = packing->valid - panel * width;
         i = 0;
-        if (valid >= width && packing->transposed) {
-            for (; i + 8 <= pairs; i += 8)
-                for (r = 0; r < width; r += 8) { /* 8 rows of 8 pairs */
+        if (valid >= width && packing->transposed)
+            for (r = 0; r < width; r += 8)
+                for (i = 0; i + 8 <= pairs; i += 8) {
                     const uint16_t *at = rows + r * ld + 2 * i;
-                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
-                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
                     int j;
                     for (j = 0; j < 8; j++) __builtin_prefetch(at + j * ld + 128);
+                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
+                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
                     LLMPAR__GEMM_STORE_PAIRS(out, i, _mm256_unpacklo_epi64(y0, y1));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 1, _mm256_unpackhi_epi64(y0, y1));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 2, _mm256_unpacklo_epi64(y2, y3));
@@ -5102,7 +5105,7 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
                 }
-        } else if (valid >= width) {
+        else if (valid >= width) {
             for (; i < pairs; i++)
                 for (r = 0; r < width; r += 8) {
                     const uint16_t *at = rows + 2 * i * ld + r;
@@ -6034,7 +6037,7 @@ static void llmpar__gemm_block(void *arg, int64_t task, int32_t worker)
     }
 }
 
-/* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way, A is read by who packed it. */
+/* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way. */
 static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
 {
     llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;
@@ -26093,10 +26096,11 @@ static llmpar_status llmpar__load_match(llmpar__load *load)
             int32_t arrays = llmpar__arrays(load->fsdp, load->states ? load->optim : NULL, u, p, array);
             for (int32_t a = 0; a < arrays && !status; a++) {
                 llmpar__manifest_tensor *tensor = llmpar__load_take(load, name, array[a].kind, &hint);
-                int same = tensor && tensor->dims == array[a].dims;
-                for (int32_t d = 0; same && d < tensor->dims; d++) same = tensor->shape[d] == array[a].shape[d];
+                int32_t dims = array[a].dims, d = 0;
+                while (tensor && tensor->dims == dims && d < dims && tensor->shape[d] == array[a].shape[d]) d++;
                 if (!tensor) status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s is missing", load->path, llmpar__array_name(array[a].kind), name);
-                else if (!same) status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s has another shape than here", load->path, llmpar__array_name(array[a].kind), name);
+                else if (d < dims || tensor->dims != dims)
+                    status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s: %lld in dim %d of %d, expected %lld in dim %d of %d", load->path, llmpar__array_name(array[a].kind), name, (long long)tensor->shape[d], (int)d, (int)tensor->dims, (long long)array[a].shape[d], (int)d, (int)dims);
                 else tensor->kinds &= ~(1u << array[a].kind);
             }
         }
@@ -26980,7 +26984,7 @@ static llmpar_status llmpar__launch_local_mpi(llmpar_ctx *ctx)
 static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_rank_fn fn, void *user)
 {
     if (desc->ranks && desc->ranks != ctx->world)
-        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d, or another mesh)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
     if (desc->lockstep && ctx->world > 1) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for MPI processes");
     if (desc->pin == LLMPAR_PIN_ON) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; MPI processes are bound by mpirun (--bind-to core)");
     if (desc->threads > 1 && !llmpar_mpi_world_serialized(world))
@@ -27583,6 +27587,7 @@ LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *mod
     llmpar__recipe_blocks blocks;
     llmpar_error error;
     *out = NULL;
+    if (!mesh || !model) return LLMPAR_ERR_ARGUMENT; /* its maker said why */
     if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no desc");
     llmpar_trainer_desc resolved = *desc;
     llmpar_error_clear(&error);
@@ -27627,8 +27632,8 @@ LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
 LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
-LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
-LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL); }
+LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_load(t->fsdp, directory) : LLMPAR_ERR_ARGUMENT; }
+LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL) : LLMPAR_ERR_ARGUMENT; }
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/trainer.c ==== */
@@ -27739,6 +27744,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     llmpar_run run;
     memset(&step, 0, sizeof step);
     memset(&run, 0, sizeof run);
+    if (!t) return LLMPAR_ERR_ARGUMENT;
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
     if (status) return status;
@@ -28798,7 +28804,7 @@ LLMPAR__VINLINE void LLMPAR__V(get)(const int vectors, LLMPAR__VEC *x, const voi
     if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_OWN) {
         LLMPAR__VUNROLL
         for (int k = 0; k < vectors; k++) x[k] = LLMPAR__V(load)((const LLMPAR__VREAL *)base + i + k * LLMPAR__VLANES);
-    } else if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
+    } else if (LLMPAR__VHALVES && count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
         LLMPAR__VUNROLL
         for (int k = 0; k < vectors; k++) x[k] = LLMPAR__V(get_one)(base, i + k * LLMPAR__VLANES, LLMPAR__VLANES, LLMPAR__AS_BF16);
     } else {
@@ -28814,7 +28820,7 @@ LLMPAR__VINLINE void LLMPAR__V(put)(const int vectors, LLMPAR__VEC *x, void *bas
         LLMPAR__VUNROLL
         for (int k = 0; k < vectors; k++) LLMPAR__V(store)((LLMPAR__VREAL *)base + i + k * LLMPAR__VLANES, x[k]);
 #if LLMPAR__VLANES == 16
-    } else if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
+    } else if (LLMPAR__VHALVES && count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
         LLMPAR__VUNROLL
         for (int k = 0; k < vectors; k++) x[k] = (LLMPAR__VEC)LLMPAR__V(round_words)(x[k]);
         LLMPAR__VUNROLL
@@ -28824,7 +28830,7 @@ LLMPAR__VINLINE void LLMPAR__V(put)(const int vectors, LLMPAR__VEC *x, void *bas
             x[k + 1] = (LLMPAR__VEC)((LLMPAR__VBITS)x[k + 1] & 0xffff0000u);
         }
 #else
-    } else if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
+    } else if (LLMPAR__VHALVES && count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
         LLMPAR__VUNROLL
         for (int k = 0; k < vectors; k++) x[k] = LLMPAR__V(put_one)(base, i + k * LLMPAR__VLANES, LLMPAR__VLANES, x[k], LLMPAR__AS_BF16);
 #endif
@@ -28840,7 +28846,7 @@ LLMPAR__VINLINE void LLMPAR__V(put)(const int vectors, LLMPAR__VEC *x, void *bas
 /* As get and put, where all arrays of an operation are of one type and no order of elements shows: in whole groups of BF16 the even elements go to one vector and the odd ones to the next, which takes no shuffle. */
 LLMPAR__VINLINE void LLMPAR__V(get_apart)(const int vectors, LLMPAR__VEC *x, const void *base, int64_t i, int64_t count, int as)
 {
-#if !LLMPAR__VDOUBLE
+#if LLMPAR__VHALVES
     if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
         LLMPAR__VUNROLL
         for (int k = 0; k < vectors; k += 2) {
@@ -28854,7 +28860,7 @@ LLMPAR__VINLINE void LLMPAR__V(get_apart)(const int vectors, LLMPAR__VEC *x, con
 }
 LLMPAR__VINLINE void LLMPAR__V(put_apart)(const int vectors, LLMPAR__VEC *x, void *base, int64_t i, int64_t count, int as)
 {
-#if !LLMPAR__VDOUBLE
+#if LLMPAR__VHALVES
     if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
         LLMPAR__VUNROLL
         for (int k = 0; k < vectors; k += 2)

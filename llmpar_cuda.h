@@ -34,7 +34,7 @@ LLMPAR_EXTERN_C_BEGIN
 
 #include "llmpar.h"
 
-/* EXACT: own kernels with one order for every sum: the same bits on every mesh of one device type (docs/exact.md). FAST: products and attention of the vendor's libraries, in their order. */
+/* EXACT: own kernels with one order for every sum: the same bits on every mesh of one device type (docs/exact.md). FAST: products and attention of the vendor's libraries, in their order; with canon 1 (exact off) sums for norm weights in parts. */
 typedef enum llmpar_cuda_mode { LLMPAR_CUDA_DEFAULT = 0 /* EXACT */, LLMPAR_CUDA_EXACT = 1, LLMPAR_CUDA_FAST = 2 } llmpar_cuda_mode;
 
 typedef struct llmpar_cuda_desc {
@@ -354,6 +354,13 @@ static __device__ __forceinline__ float llmpar__cuda_minus_infinity() { return _
 /* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
 template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T a, T b) { return a != a || a > b ? a : b; }
 
+/* a / b for a >= 0, b > 0. Most fit 32 bits, where the division is much shorter. */
+static __device__ __forceinline__ int64_t llmpar__cuda_divide(int64_t a, int64_t b)
+{
+    if (((uint64_t)(a | b) >> 32) == 0) return (int64_t)((uint32_t)a / (uint32_t)b);
+    return a / b;
+}
+
 /* The same cuts as base/size.h, on the device. */
 static __host__ __device__ __forceinline__ int64_t llmpar__cuda_piece_begin(int64_t i, int64_t grains, int64_t pieces) { return i * grains / pieces; }
 
@@ -512,13 +519,6 @@ template <typename T> static __device__ __forceinline__ llmpar__cuda_16 llmpar__
 static inline int llmpar__cuda_wide(const void *base, int64_t row_bytes) { return !base || (((uint64_t)(uintptr_t)base | (uint64_t)row_bytes) & 15u) == 0; }
 
 /* ---- walking ---- */
-
-/* a / b for a >= 0, b > 0. Most fit 32 bits, where the division is much shorter. */
-static __device__ __forceinline__ int64_t llmpar__cuda_divide(int64_t a, int64_t b)
-{
-    if (((uint64_t)(a | b) >> 32) == 0) return (int64_t)((uint32_t)a / (uint32_t)b);
-    return a / b;
-}
 
 /* Threads that share a row of `dim` columns of `size` bytes. */
 static inline int llmpar__cuda_row_lanes(int64_t dim, int size)
@@ -1018,6 +1018,19 @@ template <typename T> static void llmpar__cuda_norm_run_backward(llmpar_device *
     llmpar__cuda_launch(device, stream, llmpar__cuda_norm_dx<T>, dim3(llmpar__cuda_row_blocks(cuda, (rows + at_once - 1) / at_once, 4)), dim3(LLMPAR__CUDA_ROW_THREADS), shared, *args, cut);
 }
 
+/* FAST, and the plain order that nothing guarantees (one leaf, canon 1; exact = off): one chain over all tokens, which a handful of blocks would walk. Instead as many parts of the tokens as give every multiprocessor
+   a block, in eight pieces each; their sums meet in the workspace of the stream's products. 0: the order of the call. */
+enum { LLMPAR__CUDA_NORM_PARTS = 64 };
+static int64_t llmpar__cuda_norm_parts(llmpar_device *device, const llmpar_rmsnorm_backward_args *args)
+{
+    const llmpar__cuda *cuda = llmpar__cuda_of(device);
+    const int64_t rows = args->tokens.batch * args->tokens.t, groups = (args->dim * (int64_t)llmpar_dtype_size(args->dtype) + LLMPAR__CUDA_NORM_LINE - 1) / LLMPAR__CUDA_NORM_LINE;
+    int64_t parts = 1;
+    if (cuda->desc.mode != LLMPAR_CUDA_FAST || args->tokens.leaves != 1 || args->tokens.canon != 1 || !args->dw_leaves) return 0;
+    while (parts < LLMPAR__CUDA_NORM_PARTS && parts * groups < cuda->multiprocessors && rows % (2 * parts) == 0 && rows / (2 * parts) >= 64 && (size_t)(2 * parts * args->dim) * sizeof(float) <= cuda->desc.library_workspace) parts *= 2;
+    return parts;
+}
+
 static llmpar_status llmpar__cuda_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args)
 {
     const llmpar_tokens *tokens = &args->tokens;
@@ -1028,7 +1041,23 @@ static llmpar_status llmpar__cuda_rmsnorm_backward(llmpar_device *device, llmpar
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "rmsnorm_backward: %lld leaves for batch %lld, canon %d: expected leaves that divide the batch, canon >= 1", (long long)tokens->leaves, (long long)tokens->batch, (int)tokens->canon);
     if (tokens->batch > 0 && tokens->t > ((int64_t)1 << 30) / tokens->batch - 1)
         return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "rmsnorm_backward: %lld sequences of %lld rows, expected less than 2^30 rows in all on device %s", (long long)tokens->batch, (long long)tokens->t, device->name);
-    LLMPAR__CUDA_BY_DTYPE(args->dtype, llmpar__cuda_norm_run_backward, device, stream, args);
+    llmpar_rmsnorm_backward_args own = *args;
+    const int64_t parts = llmpar__cuda_norm_parts(device, args);
+    void *sums = llmpar__cuda_stream_of(device, stream)->library;
+    if (parts) {
+        own.tokens.batch = own.tokens.leaves = parts;
+        own.tokens.t = own.tokens.t_total = tokens->batch * tokens->t / parts;
+        own.tokens.t_begin = 0;
+        own.tokens.canon = LLMPAR__CUDA_ROW_WARPS;
+        if (parts > 1) own.dw_leaves = sums;
+    }
+    LLMPAR__CUDA_BY_DTYPE(args->dtype, llmpar__cuda_norm_run_backward, device, stream, &own);
+    if (parts > 1) {
+        const void *in[LLMPAR__CUDA_NORM_PARTS];
+        llmpar_tree_sum_args sum = { in, (int32_t)parts, (size_t)args->dim, args->dw_leaves, LLMPAR_F32 };
+        for (int64_t i = 0; i < parts; i++) in[i] = (const float *)sums + i * args->dim;
+        return llmpar__cuda_tree_sum(device, stream, &sum);
+    }
     return llmpar__cuda_end(device, stream, "rmsnorm_backward");
 }
 /* ==== src/cuda/rope.cu ==== */
@@ -2673,7 +2702,7 @@ static cublasStatus_t llmpar__cuda_library_choose(const llmpar__cuda *cuda, llmp
     cublasLtMatmulPreferenceOpaque_t preference;
     cublasLtMatmulHeuristicResult_t result;
     const llmpar__cuda_product_shape *shape = &product->shape;
-    uint32_t align_a = (uint32_t)shape->align_b, align_b = (uint32_t)shape->align_a, align_c = (uint32_t)shape->align_c;
+    uint32_t align_a = (uint32_t)shape->align_b, align_b = (uint32_t)shape->align_a, align_c = (uint32_t)shape->align_c, reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     int found = 0;
     cublasStatus_t code = cublasLtMatmulPreferenceInit(&preference);
     memset(&result, 0, sizeof result);
@@ -2682,6 +2711,8 @@ static cublasStatus_t llmpar__cuda_library_choose(const llmpar__cuda *cuda, llmp
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b);
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, sizeof align_c);
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_c, sizeof align_c);
+    /* Parts of a sum over k are added in f32, also where c is below it: it is rounded once. */
+    if (code == CUBLAS_STATUS_SUCCESS && shape->out_dtype != LLMPAR_F32) code = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction);
     if (code != CUBLAS_STATUS_SUCCESS) return code;
     code = cublasLtMatmulAlgoGetHeuristic(cuda->lt, &call->product, &call->a, &call->b, &call->c, &call->c, &preference, 1, &result, &found);
     product->own = code == CUBLAS_STATUS_NOT_SUPPORTED || (code == CUBLAS_STATUS_SUCCESS && (!found || result.state != CUBLAS_STATUS_SUCCESS));
@@ -2835,7 +2866,7 @@ template <typename Half> static __global__ void llmpar__cuda_gemm_narrow(const f
 {
     int64_t units = (n + 7) / 8, count = m * units;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
-        int64_t row = i / units, j = (i - row * units) * 8;
+        int64_t row = llmpar__cuda_divide(i, units), j = (i - row * units) * 8;
         const float *from = in + row * n + j;
         Half *to = c + row * ldc + j;
         if (aligned && j + 8 <= n) {
@@ -3716,29 +3747,46 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 }
 
 /* out[token, kv, :] = tree over the group's heads: groups of `odd` heads, cut at the largest power of two below, and 2^n of these cut in halves. Both are the binary tree over places of which those behind the
-   odd heads are empty: +0, which changes no sum, since none is -0. */
-static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a, int64_t count, int odd, int places)
+   odd heads are empty: +0, which changes no sum, since none is -0. A thread takes Width neighbours; count: of such, in dk. */
+template <int Width> static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a, int64_t count, int odd, int places)
 {
     int64_t e = a.head_dim, stride = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < 2 * count; i += stride) {
-        int64_t at = i < count ? i : i - count, x = at % e, kv = at / e % a.kv_heads, token = at / e / a.kv_heads;
+        int64_t at = i < count ? i : i - count, row = llmpar__cuda_divide(at, e / Width), x = (at - row * (e / Width)) * Width, token = llmpar__cuda_divide(row, a.kv_heads), kv = row - token * a.kv_heads;
         const float *in = (i < count ? a.dk_heads : a.dv_heads) + (token * a.heads + kv * a.group) * e + x;
         void *out = i < count ? a.dk : a.dv;
         int64_t to = token * (i < count ? a.ld_dk : a.ld_dv) + kv * e + x;
-        float level[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, sum = 0;
-        int steps = a.group / odd * places;
-        for (int s = 0; s < steps; s++) {
-            int done = 0;
-            sum = s % places < odd ? in[(s / places * odd + s % places) * e] : 0.0f;
+        float level[8][Width], sum[Width];
+        int s = 0;
 #pragma unroll
-            for (int l = 0; l < 8; l++) {
-                if (!done && (s >> l & 1)) sum = __fadd_rn(level[l], sum);
-                else if (!done) { level[l] = sum; done = 1; }
+        for (int l = 0; l < 8; l++)
+#pragma unroll
+            for (int k = 0; k < Width; k++) level[l][k] = sum[k] = 0;
+        for (int first = 0; first < a.group; first += odd)
+            for (int place = 0; place < places; place++, s++) {
+                int done = 0;
+                llmpar__cuda_16 four = { { 0, 0, 0, 0 } };
+                if (place < odd && Width == 4) four = *(const llmpar__cuda_16 *)(const void *)(in + (first + place) * e);
+                else if (place < odd) four.word[0] = __float_as_uint(in[(first + place) * e]);
+#pragma unroll
+                for (int k = 0; k < Width; k++) sum[k] = __uint_as_float(four.word[k]);
+#pragma unroll
+                for (int l = 0; l < 8; l++) {
+                    if (done) continue;
+                    done = !(s >> l & 1);
+#pragma unroll
+                    for (int k = 0; k < Width; k++) {
+                        if (done) level[l][k] = sum[k];
+                        else sum[k] = __fadd_rn(level[l][k], sum[k]);
+                    }
+                }
             }
+#pragma unroll
+        for (int k = 0; k < Width; k++) {
+            if (a.dkv_float) ((float *)out)[to + k] = sum[k];
+            else if (a.dtype == LLMPAR_BF16) llmpar__cuda_store((llmpar__cuda_bf16 *)out + to + k, sum[k]);
+            else llmpar__cuda_store((llmpar__cuda_f16 *)out + to + k, sum[k]);
         }
-        if (a.dkv_float) ((float *)out)[to] = sum;
-        else if (a.dtype == LLMPAR_BF16) llmpar__cuda_store((llmpar__cuda_bf16 *)out + to, sum);
-        else llmpar__cuda_store((llmpar__cuda_f16 *)out + to, sum);
     }
 }
 
@@ -3943,7 +3991,8 @@ static llmpar_status llmpar__cuda_attention_backward_part(llmpar_device *device,
         int odd = a->group, places = 1;
         while (odd % 2 == 0) odd /= 2;
         while (places < odd) places *= 2;
-        llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree, dim3(llmpar__cuda_blocks(cuda, 2 * count, 256, 8)), dim3(256), 0, *a, count, odd, places);
+        if (a->head_dim % 4 == 0) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<4>, dim3(llmpar__cuda_blocks(cuda, count / 2, 256, 8)), dim3(256), 0, *a, count / 4, odd, places);
+        else llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<1>, dim3(llmpar__cuda_blocks(cuda, 2 * count, 256, 8)), dim3(256), 0, *a, count, odd, places);
     }
     return status;
 }
@@ -6597,7 +6646,7 @@ static unsigned llmpar__cuda_blocks(const llmpar__cuda *cuda, int64_t count, uns
 static llmpar_status llmpar__cuda_memory(llmpar_device *device, cudaError_t code, const char *kind, size_t bytes)
 {
     size_t left = 0, total = 0;
-    if (code != cudaErrorMemoryAllocation) return llmpar__cuda_check(device, code, kind);
+    if (code != cudaErrorMemoryAllocation && code != cudaErrorInvalidValue) return llmpar__cuda_check(device, code, kind); /* the latter: more than there are addresses for */
     (void)cudaGetLastError();
     if (cudaMemGetInfo(&left, &total) != cudaSuccess) (void)cudaGetLastError();
     return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "device %s: no %s for %llu bytes (%llu of the device's %llu are free)", device->name, kind, (unsigned long long)bytes, (unsigned long long)left, (unsigned long long)total);

@@ -56,7 +56,7 @@ typedef struct llmpar_nccl_desc {
     double silence;            /* seconds without a sign of life after which a rank is given up (stopped, unreachable; a process that ends is noticed at once); default 0 = 10; negative = for ever */
     int32_t unchecked;         /* 1: the ranks do not compare their calls; default 0: they do, beside the data */
     size_t slice;              /* bytes that a reduction handles at a time, which bounds scratch (about three times as much device memory, taken at creation); default 0 = 16 MiB */
-    int32_t own_memory;        /* 1: the device keeps its own allocator; default 0: while the communicator lives, device->alloc takes blocks of 1 MiB and more from ncclMemAlloc, which NCCL reaches without copies */
+    int32_t own_memory;        /* 1: the device keeps its own allocator; default 0: while the communicator lives, device->alloc takes blocks of 1 MiB and more from ncclMemAlloc, as NCCL wants it where it is to reach memory without copies */
     int32_t one_device;        /* 1: several ranks may share a GPU, each taken for a machine of its own by NCCL (NCCL_HOSTID in its environment): for tests; default 0: two ranks on one GPU are refused by name */
     /* Where the ranks meet: the first of these that is given; default: ctx->host_comm (rank threads, MPI), else ctx->meeting (MASTER_ADDR and MASTER_PORT). */
     const char *file;          /* a path that all ranks see and nobody else uses: rank 0 writes its address there, and removes it when all have come, or it gives up */
@@ -96,6 +96,10 @@ LLMPAR_EXTERN_C_END
 #include <nccl.h>
 #include <pthread.h>
 
+#if NCCL_VERSION_CODE < 22000
+#error "llmpar_nccl.h: needs NCCL 2.20 or later"
+#endif
+
 #define LLMPAR__NCCL_MAGIC "llmparN1"
 #define LLMPAR__NCCL_WORD 0x4c4c4e31u   /* begins every message: a stream out of step is noticed */
 #define LLMPAR__NCCL_WHO 1100
@@ -111,7 +115,7 @@ typedef struct llmpar__nccl_hello {
     uint64_t slice;
     int64_t pid;
     int32_t world, rank, nccl, fast, unchecked, one_device;
-    char device[128], place[32], host[64];
+    char device[128], place[32], host[64], boot[40]; /* boot: of the machine since it was started; machines may have one name */
     llmpar_error error;                  /* a rank that cannot take part says why */
 } llmpar__nccl_hello;
 
@@ -153,7 +157,7 @@ typedef struct llmpar__nccl_ask {
     llmpar_call call;
 } llmpar__nccl_ask;
 
-typedef struct llmpar__nccl_group { uint64_t context; int32_t ranks, rank; } llmpar__nccl_group;
+typedef struct llmpar__nccl_group { uint64_t context; int32_t ranks, rank, several, reserved; } llmpar__nccl_group; /* several: somebody's group has more ranks than one */
 
 typedef struct llmpar__nccl_verdict {
     llmpar_error error;
@@ -203,6 +207,13 @@ typedef struct llmpar__nccl_context {
 
 typedef struct llmpar__nccl_comm llmpar__nccl_comm;
 
+/* An NCCL communicator on its way out, in the hands of a thread of its own: see llmpar__nccl_bury. Of malloc: that thread may outlive the world. */
+typedef struct llmpar__nccl_grave {
+    struct llmpar__nccl_grave *next;
+    ncclComm_t nccl;
+    int aborts, over, holders; /* over, holders: atomic */
+} llmpar__nccl_grave;
+
 typedef struct llmpar__nccl_world {
     llmpar_heap *heap;
     llmpar_device *device;
@@ -242,7 +253,7 @@ typedef struct llmpar__nccl_world {
 
     pthread_mutex_t nccl_lock; /* around NCCL's calls, the list of communicators and their handles */
     llmpar__nccl_comm *first;
-    int32_t silenced;          /* all have been aborted */
+    llmpar__nccl_grave *graves;
 
     /* the rank's own thread */
     llmpar_event *last;        /* behind the last collective on a stream */
@@ -258,7 +269,7 @@ struct llmpar__nccl_comm {
     llmpar__nccl_world *world;
     llmpar__nccl_comm *next, **previous;
     ncclComm_t nccl;           /* NULL: one rank, or aborted */
-    ncclComm_t born;           /* a split of it that NCCL is making */
+    ncclComm_t *born;          /* of malloc: a split of it that NCCL is making */
     uint64_t context, calls;
     uint64_t *sent, *received; /* [ranks] messages to and from each member */
     int32_t *member;           /* [ranks] world ranks */
@@ -275,6 +286,7 @@ LLMPAR__PRIVATE int llmpar__nccl_accept_one(int listener);                      
 LLMPAR__PRIVATE int llmpar__nccl_split_address(const char *address, char host[256], int *port); /* 0: malformed */
 LLMPAR__PRIVATE size_t llmpar__nccl_own_addresses(char *text, size_t capacity);                 /* numeric, blanks between them; the loopback's last */
 LLMPAR__PRIVATE void llmpar__nccl_own_host(char *host, size_t capacity);
+LLMPAR__PRIVATE void llmpar__nccl_own_boot(char *boot, size_t capacity); /* empty: the system does not say */
 LLMPAR__PRIVATE int llmpar__nccl_send_all(int fd, const void *bytes, size_t count, double limit);  /* 1: done */
 LLMPAR__PRIVATE int llmpar__nccl_receive_all(int fd, void *bytes, size_t count, double limit);     /* 1: done; 0: over; -1: time is up */
 LLMPAR__PRIVATE int llmpar__nccl_readable(int fd, double seconds);
@@ -314,6 +326,10 @@ LLMPAR__PRIVATE void llmpar__nccl_hub_look(llmpar__nccl_world *world);
 /* watch.c */
 LLMPAR__PRIVATE llmpar_status llmpar__nccl_watch_begin(llmpar__nccl_world *world); /* the helper thread */
 LLMPAR__PRIVATE void llmpar__nccl_watch_end(llmpar__nccl_world *world);
+/* Under nccl_lock: ncclCommAbort or ncclCommDestroy on a thread of its own, to whom the handle belongs from now on. */
+LLMPAR__PRIVATE void llmpar__nccl_bury(llmpar__nccl_world *world, ncclComm_t nccl, int aborts);
+/* Without: waits for these threads, for so many seconds at most. 0: some are not through. */
+LLMPAR__PRIVATE int llmpar__nccl_buried(llmpar__nccl_world *world, double seconds);
 /* Under the lock: the job has failed, by rank 0's word. final: it knows who was where. */
 LLMPAR__PRIVATE void llmpar__nccl_convicted(llmpar__nccl_world *world, const llmpar__nccl_verdict *verdict, int final);
 LLMPAR__PRIVATE void llmpar__nccl_fail(llmpar__nccl_world *world, const llmpar_error *error);                         /* without: this rank has */
@@ -556,6 +572,15 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_own_host(char *host, size_t capacity)
 {
     if (gethostname(host, capacity)) snprintf(host, capacity, "?");
     host[capacity - 1] = 0;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__nccl_own_boot(char *boot, size_t capacity)
+{
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd >= 0 ? read(fd, boot, capacity - 1) : 0;
+    if (fd >= 0) close(fd);
+    boot[got > 0 ? got : 0] = 0;
+    boot[strcspn(boot, "\n")] = 0;
 }
 
 LLMPAR__PRIVATE_DEF size_t llmpar__nccl_own_addresses(char *text, size_t capacity)
@@ -837,6 +862,7 @@ static void llmpar__nccl_hello_fill(const llmpar__nccl_world *world, llmpar_stat
     hello->unchecked = world->desc.unchecked;
     hello->one_device = world->desc.one_device;
     snprintf(hello->host, sizeof hello->host, "%.63s", world->host);
+    llmpar__nccl_own_boot(hello->boot, sizeof hello->boot);
     if (world->device && world->device->name) snprintf(hello->device, sizeof hello->device, "%s", world->device->name);
     if (world->device && world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     if (st) hello->error = *world->error;
@@ -883,7 +909,7 @@ static int llmpar__nccl_foreign(const llmpar__nccl_stranger *s, uint64_t key, ll
 static int llmpar__nccl_ours(llmpar__nccl_hello *hello, uint64_t key)
 {
     if (memcmp(hello->magic, LLMPAR__NCCL_MAGIC, sizeof hello->magic) || hello->bytes != sizeof *hello || hello->version != LLMPAR_VERSION_NUMBER || hello->key != key) return 0;
-    hello->device[sizeof hello->device - 1] = hello->place[sizeof hello->place - 1] = hello->host[sizeof hello->host - 1] = 0;
+    hello->device[sizeof hello->device - 1] = hello->place[sizeof hello->place - 1] = hello->host[sizeof hello->host - 1] = hello->boot[sizeof hello->boot - 1] = 0;
     llmpar__nccl_mend_error(&hello->error);
     return 1;
 }
@@ -943,7 +969,7 @@ static void llmpar__nccl_neighbours(const llmpar__nccl_world *world, const llmpa
     char a[120], b[120];
     for (int32_t i = 0; i < world->ranks && !world->desc.one_device; i++)
         for (int32_t j = 0; j < i && all[i].place[0]; j++) {
-            if (strcmp(all[i].place, all[j].place) || strcmp(all[i].host, all[j].host)) continue;
+            if (strcmp(all[i].place, all[j].place) || strcmp(all[i].host, all[j].host) || strcmp(all[i].boot, all[j].boot)) continue; /* as NCCL itself tells machines apart */
             llmpar_error_set(error, LLMPAR_ERR_CONFIG, "nccl: %s and %s have the same GPU, %s (NCCL needs one a rank)", llmpar__nccl_name(&all[j], a), llmpar__nccl_name(&all[i], b), all[i].place);
             if (error->rank < 0) error->rank = i;
             return;
@@ -1670,10 +1696,13 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
 static void llmpar__nccl_hub_groups(llmpar__nccl_world *world, llmpar__nccl_context *of)
 {
     int32_t *member = (int32_t *)malloc((size_t)of->members * sizeof *member);
-    int short_of_memory = !member;
+    int short_of_memory = !member, several = 0;
+    for (int32_t i = 0; i < of->members; i++)
+        for (int32_t j = 0; j < i && !several; j++) several = of->color[i] >= 0 && of->color[i] == of->color[j];
     for (int32_t i = 0; i < of->members && !short_of_memory; i++) {
         llmpar__nccl_group group;
         memset(&group, 0, sizeof group);
+        group.several = several;
         if (!of->waits[i]) continue;
         if (of->color[i] < 0) {
             of->waits[i] = 0;
@@ -1826,6 +1855,9 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)
    The helper serves the control plane, ten times a second and whenever something comes; it asks NCCL for errors of its own threads, and notices a call that has gone on for longer than the deadline. When the job has
    failed it aborts every communicator: kernels that wait for a partner end, the streams go on, and behind each collective a host call finds the failure and makes it the stream's. So a rank that waits for its GPU in
    synchronize gets the job's error from there, whatever it waited for.
+
+   NCCL's end of a communicator waits until this rank's streams have come past its kernels, and until the peers of this machine have let go of theirs. So communicators are aborted all at once, each by a thread of its
+   own: one by one, the first would wait for a kernel behind that of another, which waits for a partner that is gone. And nobody waits for these threads without limit: a peer that is stopped never lets go.
 
    An error that NCCL reports is often the echo of a peer's end: for a while it is kept back, in case the control plane knows better. */
 
@@ -2003,6 +2035,56 @@ static void llmpar__nccl_inquire(llmpar__nccl_world *world)
     llmpar__nccl_fail(world, &error);
 }
 
+static void llmpar__nccl_leave(llmpar__nccl_grave *grave)
+{
+    if (__atomic_sub_fetch(&grave->holders, 1, __ATOMIC_SEQ_CST) == 0) free(grave);
+}
+
+static void *llmpar__nccl_dig(void *arg)
+{
+    llmpar__nccl_grave *grave = (llmpar__nccl_grave *)arg;
+    if (grave->aborts) ncclCommAbort(grave->nccl);
+    else ncclCommDestroy(grave->nccl);
+    __atomic_store_n(&grave->over, 1, __ATOMIC_SEQ_CST);
+    llmpar__nccl_leave(grave);
+    return NULL;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__nccl_bury(llmpar__nccl_world *world, ncclComm_t nccl, int aborts)
+{
+    llmpar__nccl_grave alone, *grave = (llmpar__nccl_grave *)malloc(sizeof *grave); /* the heap belongs to the rank's thread */
+    pthread_t thread;
+    int kept = grave != NULL;
+    if (!kept) grave = &alone;
+    grave->nccl = nccl;
+    grave->aborts = aborts;
+    grave->over = 0;
+    grave->holders = 2;
+    grave->next = world->graves;
+    if (kept) world->graves = grave;
+    if (!kept || pthread_create(&thread, NULL, llmpar__nccl_dig, grave)) llmpar__nccl_dig(grave);
+    else pthread_detach(thread);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__nccl_buried(llmpar__nccl_world *world, double seconds)
+{
+    for (double limit = llmpar__nccl_now() + seconds;;) {
+        pthread_mutex_lock(&world->nccl_lock);
+        for (llmpar__nccl_grave **at = &world->graves, *grave; (grave = *at) != NULL;) {
+            if (!__atomic_load_n(&grave->over, __ATOMIC_SEQ_CST)) {
+                at = &grave->next;
+                continue;
+            }
+            *at = grave->next;
+            llmpar__nccl_leave(grave);
+        }
+        int over = !world->graves;
+        pthread_mutex_unlock(&world->nccl_lock);
+        if (over || llmpar__nccl_now() > limit) return over;
+        llmpar__nccl_nap(0.0002);
+    }
+}
+
 /* Frees the GPU. A thread inside an NCCL call leaves it soon; but one that launches a kernel may wait for room in a queue that only the abort gets moving. */
 static void llmpar__nccl_silence(llmpar__nccl_world *world)
 {
@@ -2013,10 +2095,8 @@ static void llmpar__nccl_silence(llmpar__nccl_world *world)
         if (!locked) llmpar__nccl_nap(0.0005);
     }
     for (llmpar__nccl_comm *tc = world->first; tc; tc = tc->next) {
-        if (!tc->nccl) continue;
-        ncclComm_t nccl = tc->nccl;
+        if (tc->nccl) llmpar__nccl_bury(world, tc->nccl, 1);
         tc->nccl = NULL;
-        ncclCommAbort(nccl);
     }
     if (locked) pthread_mutex_unlock(&world->nccl_lock);
 }
@@ -2062,7 +2142,8 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_watch_end(llmpar__nccl_world *world)
 #undef LLMPAR__NCCL_WAIT
 #undef LLMPAR__NCCL_FORCE
 /* ==== src/nccl/memory.c ==== */
-/* memory: device memory that NCCL reaches without copies of its own: ncclMemAlloc in the place of the device's allocator.
+/* memory: device memory as NCCL wants it where it is to reach it without copies of its own: ncclMemAlloc in the place of the device's allocator. (For that it wants it registered with each communicator too,
+   ncclCommRegister, which nobody does yet: not without GPUs to see it on.)
 
    While a world lives, device->alloc and free are the functions below; blocks of 1 MiB and more come from NCCL (which gives whole pages of 2 MiB), smaller ones from the device. Every block of NCCL's is on a list, so
    that free knows whose it is, and blocks may be older than the world or outlive it. When the last world is gone and the last such block is back, the table is as it was. */
@@ -2610,8 +2691,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar
 /* world: communicators on NCCL: the world, its splits, and their end.
 
      create   checks -> meeting (meet.c) -> helper thread -> ncclCommInitRankConfig -> scratch, allocator
-     split    color and key to rank 0 -> group -> ncclCommSplit of all members, also those that end up alone
-     destroy  waits for the last collective -> ncclCommFinalize, ncclCommDestroy; with the last communicator: farewell, helper, connections
+     split    color and key to rank 0 -> group -> ncclCommSplit of all members, unless all end up alone
+     destroy  waits for the last collective -> ncclCommFinalize, ncclCommDestroy (beside this thread: it waits for the peers'); with the last communicator: farewell, helper, connections
 
    All communicators are non-blocking, so that a thread never stays in NCCL while the job fails elsewhere. */
 
@@ -2705,6 +2786,11 @@ static void llmpar__nccl_world_free(llmpar__nccl_world *world)
     llmpar_device *device = world->device;
     llmpar__nccl_farewell(world);
     llmpar__nccl_watch_end(world);
+    llmpar__nccl_buried(world, 2 * LLMPAR__NCCL_FAREWELL); /* who is not through by then has a peer that never lets go */
+    for (llmpar__nccl_grave *grave = world->graves, *next; grave; grave = next) {
+        next = grave->next;
+        if (__atomic_sub_fetch(&grave->holders, 1, __ATOMIC_SEQ_CST) == 0) free(grave);
+    }
     if (world->last) device->event_destroy(device, world->last);
     if (world->scratch) device->free(device, world->scratch, world->scratch_bytes);
     if (world->remembers) llmpar__nccl_memory_end(device);
@@ -2826,10 +2912,10 @@ static void llmpar__nccl_end(llmpar__nccl_comm *tc)
         llmpar__nccl_nap(0.0002);
         pthread_mutex_lock(&world->nccl_lock);
     }
-    if (tc->nccl && state == ncclSuccess) ncclCommDestroy(tc->nccl);
-    else if (tc->nccl) ncclCommAbort(tc->nccl);
+    if (tc->nccl) llmpar__nccl_bury(world, tc->nccl, state != ncclSuccess);
     tc->nccl = NULL;
     pthread_mutex_unlock(&world->nccl_lock);
+    if (!__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) llmpar__nccl_buried(world, LLMPAR__NCCL_FAREWELL); /* ranks may destroy in different orders: not until all have come */
 }
 
 static void llmpar__nccl_destroy(llmpar_comm *comm)
@@ -2872,18 +2958,52 @@ static llmpar_status llmpar__nccl_ask_group(llmpar__nccl_comm *tc, const llmpar_
     return there ? LLMPAR_OK : llmpar__nccl_sound(tc, call);
 }
 
-/* A split has failed, and a thread of NCCL may still be at work on it: the helper's abort of the parent waits for that one. */
-static void llmpar__nccl_unborn(llmpar__nccl_comm *tc)
+/* A split has failed, and a thread of NCCL may still be at work on it: the abort of the parent waits for that one. 0: still is. */
+static int llmpar__nccl_unborn(llmpar__nccl_comm *tc)
 {
     llmpar__nccl_world *world = tc->world;
     int there = 1;
     for (double limit = llmpar__nccl_now() + 3 * LLMPAR__NCCL_FAREWELL; there && llmpar__nccl_now() < limit;) {
         pthread_mutex_lock(&world->nccl_lock);
         there = tc->nccl != NULL;
-        if (!there && tc->born) ncclCommAbort(tc->born);
         pthread_mutex_unlock(&world->nccl_lock);
         if (there) llmpar__nccl_nap(0.001);
     }
+    if (there || !llmpar__nccl_buried(world, LLMPAR__NCCL_FAREWELL)) return 0;
+    pthread_mutex_lock(&world->nccl_lock);
+    if (*tc->born) llmpar__nccl_bury(world, *tc->born, 1);
+    pthread_mutex_unlock(&world->nccl_lock);
+    return 1;
+}
+
+/* NCCL's part of a split: made's communicator, if it has several ranks. Everybody has a color, its group's first rank or itself: where such a split fails, NCCL crashes on a rank without (seen in the source of 2.20 to
+   2.30). So who is alone gets one too, and lets it go. */
+static llmpar_status llmpar__nccl_bear(llmpar__nccl_comm *tc, const llmpar_call *call, const llmpar__nccl_group *group, llmpar__nccl_comm *made)
+{
+    llmpar__nccl_world *world = tc->world;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    ncclResult_t result = ncclInvalidUsage;
+    int over = 1;
+    tc->born = (ncclComm_t *)calloc(1, sizeof *tc->born);
+    if (!tc->born) return llmpar__nccl_failed(tc, llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for a split", tc->axis));
+    config.blocking = 0;
+    pthread_mutex_lock(&world->nccl_lock);
+    if (tc->nccl) result = ncclCommSplit(tc->nccl, group->ranks > 1 ? world->group_member[0] : world->rank, group->rank, tc->born, &config);
+    pthread_mutex_unlock(&world->nccl_lock);
+    llmpar_status st = llmpar__nccl_settle(tc, call, "ncclCommSplit", result); /* NCCL sets the new handle before it says so of the parent */
+    if (st) {
+        over = llmpar__nccl_unborn(tc);
+    } else {
+        pthread_mutex_lock(&world->nccl_lock);
+        if (group->ranks > 1) made->nccl = *tc->born;
+        else if (*tc->born) llmpar__nccl_bury(world, *tc->born, 1);
+        result = group->ranks > 1 && made->nccl ? ncclInProgress : group->ranks > 1 ? ncclInternalError : ncclSuccess;
+        pthread_mutex_unlock(&world->nccl_lock);
+        if (group->ranks > 1) st = llmpar__nccl_settle(made, call, "ncclCommSplit", result);
+    }
+    if (over) free(tc->born); /* else NCCL will write there */
+    tc->born = NULL;
+    return st;
 }
 
 static llmpar_status llmpar__nccl_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
@@ -2912,22 +3032,7 @@ static llmpar_status llmpar__nccl_split(llmpar_comm *comm, int32_t color, int32_
     }
     if (group.ranks) st = llmpar__nccl_make(world, world->group_member, group.ranks, group.rank, group.context, name, &made);
     if (st) return llmpar__nccl_failed(tc, st); /* the others wait in NCCL, and hear of it there */
-    if (comm->ranks > 1) {
-        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-        ncclResult_t result = ncclInvalidUsage;
-        config.blocking = 0;
-        pthread_mutex_lock(&world->nccl_lock);
-        tc->born = NULL;
-        if (tc->nccl) result = ncclCommSplit(tc->nccl, group.ranks > 1 ? world->group_member[0] : NCCL_SPLIT_NOCOLOR, group.ranks > 1 ? group.rank : 0, &tc->born, &config);
-        pthread_mutex_unlock(&world->nccl_lock);
-        st = llmpar__nccl_settle(tc, &call, "ncclCommSplit", result); /* NCCL sets the new handle before it says so of the parent */
-        if (st) llmpar__nccl_unborn(tc);
-        pthread_mutex_lock(&world->nccl_lock);
-        if (!st && made) made->nccl = tc->born;
-        result = made && made->nccl ? ncclInProgress : ncclInternalError;
-        pthread_mutex_unlock(&world->nccl_lock);
-        if (!st && made && group.ranks > 1) st = llmpar__nccl_settle(made, &call, "ncclCommSplit", result);
-    }
+    if (comm->ranks > 1 && group.several) st = llmpar__nccl_bear(tc, &call, &group, made);
     if (st) {
         if (made) llmpar__nccl_destroy(&made->comm);
         return st;

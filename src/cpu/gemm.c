@@ -529,7 +529,7 @@ static void llmpar__gemm_block(void *arg, int64_t task, int32_t worker)
     }
 }
 
-/* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way, A is read by who packed it. */
+/* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way. */
 static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
 {
     llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;

@@ -86,7 +86,7 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 
 #endif
 
-/* Sixteen rows at a time, a line of out, or eight, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
+/* Sixteen rows at a time, a line of out, or eight, to their end: processors follow that many streams by themselves, not 48 short ones. */
 LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
     int64_t i = 0, j;
@@ -96,7 +96,7 @@ LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int
         int64_t r;
         const float *at = in + i * ld;
         float *to = out + i;
-        step = rows - i < 8 ? 4 : rows - i < 16 || ld % 1024 == 0 ? 8 : 16; /* of lines that lie multiples of 4 KB apart, 32 KB of cache hold eight */
+        step = rows - i < 8 ? 4 : rows - i < 16 || ld % 1024 == 0 ? 8 : 16; /* of lines 4 KB apart L1 holds eight */
         if (step >= 8)
             for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
                 llmpar__gemm_transpose_8(at, ld, to, ld_out);
@@ -175,7 +175,7 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
         int64_t valid = packing->valid - panel * width;
         i = 0;
         if (valid >= width && packing->transposed)
-            for (r = 0; r < width; r += 8) /* eight rows to their end, as above */
+            for (r = 0; r < width; r += 8)
                 for (i = 0; i + 8 <= pairs; i += 8) {
                     const uint16_t *at = rows + r * ld + 2 * i;
                     int j;
