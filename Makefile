@@ -366,9 +366,9 @@ build/nccl/real_nccl build/nccl/real_nccl_processes: tests/real_nccl.c build/ncc
 test-nccl: run-nccl $(if $(TEST),,run-nccl-cuda)
 run-nccl-cuda: run-nccl
 	@$(MAKE) --no-print-directory build/nccl/real_nccl build/nccl/real_nccl_processes
-	@for n in 1 2 4; do printf 'real_nccl, emulated, %d rank threads: ' $$n; build/nccl/real_nccl --threads $$n || exit 1; done
-	@printf 'real_nccl, emulated, 2 processes: '; build/nccl/real_nccl_processes --processes 2
-	@printf 'real_nccl, emulated, failures of 3 processes: '; build/nccl/real_nccl_processes --faults 3 2>build/nccl/faults.log || { cat build/nccl/faults.log; exit 1; }
+	@for run in 'real_nccl --threads 1' 'real_nccl --threads 2' 'real_nccl --threads 4' 'real_nccl_processes --processes 2' 'real_nccl_processes --faults 3'; do \
+		build/nccl/$$run >build/nccl/real.log 2>&1 || { echo "emulated $$run"; cat build/nccl/real.log; exit 1; }; \
+		echo "emulated $$run: $$(tail -n 1 build/nccl/real.log)"; done
 test-nccl-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-nccl_asan
 test-nccl-tsan:

@@ -209,7 +209,8 @@ int main(int argc, char **argv)
         if (!strcmp(argv[i], "f32") || !strcmp(argv[i], "bf16")) type = argv[i];
         else if (!llmpar_cpu_level_parse(argv[i], &only)) name = argv[i];
     }
-    if (posix_memalign((void **)&pool, 1 << 21, (size_t)POOL_MB << 20) || !w || !ids) return 1;
+    if (!w || !ids) return 1;
+    pool = bench_memory(POOL_MB, 1).base;
     for (int i = 0; i < 3 * VOCAB; i++) w[i] = 1 + (float)(i % 17) / 16;
     for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
         if (only == LLMPAR_CPU_DEFAULT ? level == (int)LLMPAR_CPU_PORTABLE && llmpar_cpu_best_level() != LLMPAR_CPU_PORTABLE : level != (int)only) continue;
