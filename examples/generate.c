@@ -40,7 +40,7 @@ static void usage(void)
          "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
          "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
          "  --dtype f32|f64|bf16|f16   of parameters and activations (default f32)\n"
-         "  --ids               print prompt and generated ids on one line instead of text (always where the vocabulary is not 256), all --tokens of them\n"
+         "  --ids               print prompt and generated ids on one line instead of text (always behind --prompt-ids where the vocabulary is not 256), all --tokens of them\n"
          DEVICE_USAGE
          "  --help");
 }
@@ -48,7 +48,7 @@ static void usage(void)
 static llmpar_status on_token(void *user, int32_t id)
 {
     (void)user;
-    putchar(id);
+    putchar(id < 256 ? id : '?');
     fflush(stdout);
     return LLMPAR_OK;
 }
@@ -90,7 +90,7 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     desc.top_p = s->top_p;
     desc.seed = s->seed;
     desc.stop_at_eos = !s->print_ids; /* with --ids exactly --tokens ids are wanted */
-    int as_ids = s->print_ids || config.vocab != 256;
+    int as_ids = s->print_ids || (s->prompt_ids && config.vocab != 256); /* whose prompt is text has a model of bytes, however many ids it knows */
     if (ctx->rank == 0 && !as_ids) desc.on_token = on_token;
     if (!status && ctx->rank == 0 && s->prompt && !as_ids) printf("%s", s->prompt);
     if (!status) status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, ids, &count);
