@@ -1370,8 +1370,10 @@ LLMPAR_API size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_k
 LLMPAR_API llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, void *out, int64_t ldo, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype);
 
-/* Weight gradient dw[out_dim, in_dim] (of the sum type) = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp. */
-LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
+/* Weight gradient dw[out_dim, in_dim] (of the sum type) = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp.
+   accumulate: dw's one chain goes on with these rows (leaves 1). Cut into parts of a multiple of LLMPAR_TP_PART rows, the last one of any, it has the bits of one call: no device adds more in one go. */
+#define LLMPAR_TP_PART 64
+LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype);
 
 /* Sequence parallel: full[B,T,D] <- local[B,T/tp,D]. Not called without sequence parallel. */
@@ -1387,7 +1389,7 @@ LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *st
 /* unit: what FSDP gathers at once: named tensors and callbacks. FSDP knows units, never a model, so anybody's network is a first-class client.
 
    A step runs the units in order: forward 0..n-1, backward n-1..0. Unit u's output is unit u+1's input; the first unit reads the token ids of the micro-batch, the last one
-   computes the loss. A unit's forward and backward are lists of instructions themselves (compute, tensor-parallel gather, tensor-parallel reduce), so that
+   computes the loss, in forward or backward. A unit's forward and backward are lists of instructions themselves (compute, tensor-parallel gather, tensor-parallel reduce), so that
    tensor-parallel communication is planned, printed and overlapped like the rest. */
 
 /* One parameter. name and everything in it are copied by llmpar_fsdp_create. */
@@ -1966,7 +1968,7 @@ typedef struct llmpar_llama_desc {
     const llmpar_llama_config *config;  /* copied */
     uint64_t seed;                      /* initialisation; default 0 */
     int32_t wrap;                       /* what FSDP gathers at once: 1 .. 8 blocks a unit (default 1), or LLMPAR_WRAP_HALF: attention and MLP are units of their own. Same bits */
-    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 256 MiB. More are computed in parts, and again in backward: same bits */
+    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 256 MiB. More are computed in parts, in backward, of several leaves twice: same bits */
 } llmpar_llama_desc;
 
 /* The units exist from here on: embed, layers.0 .. (wrap: layers.0.attention, layers.0.mlp .., layers.0-3 ..), head. Collective only in that all ranks give the same desc. */
@@ -2559,8 +2561,42 @@ LLMPAR_DEF int64_t llmpar_tree_split(int64_t n)
     return split;
 }
 /* ==== src/base/dtype.c ==== */
+/* ==== src/base/bits_internal.h ==== */
+/* bits: a number as its bits and back. */
+
 #include <string.h>
 
+static inline uint32_t llmpar__bits_f32(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float llmpar__from_bits_f32(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint64_t llmpar__bits_f64(double value)
+{
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline double llmpar__from_bits_f64(uint64_t bits)
+{
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline double llmpar__power_f64(int e) { return llmpar__from_bits_f64((uint64_t)(e + 1023) << 52); } /* 2^e, -1022 <= e <= 1023 */
+
+/* ---- src/base/dtype.c goes on ---- */
 /* All conversions work on bit patterns or on normal numbers only, so their results do not depend on the thread's
    flush-to-zero state (but for f64 -> f32, a plain cast). They select instead of branching: the loops of llmpar_convert vectorise. */
 
@@ -2593,20 +2629,6 @@ LLMPAR_DEF const char *llmpar_dtype_name(llmpar_dtype dtype)
     }
 }
 
-static inline uint32_t llmpar__dtype_bits(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float llmpar__dtype_float(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* condition (0 or 1) ? yes : no, with both computed: as a branch around a float operation gcc would keep the loop scalar. */
 static inline uint32_t llmpar__dtype_select(int condition, uint32_t yes, uint32_t no)
 {
@@ -2633,7 +2655,7 @@ static inline uint16_t llmpar__dtype_to_f16(uint32_t bits)
     /* 2^-14 and up: move the exponent bias from 127 to 15, round off 13 bits; a carry may give infinity (0x7C00) */
     uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
     /* below: adding 0.5 puts the last bit of the f16 subnormal at the last bit of the sum, so the addition rounds */
-    uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(magnitude) + 0.5f) - 0x3F000000u;
+    uint32_t subnormal = llmpar__bits_f32(llmpar__from_bits_f32(magnitude) + 0.5f) - 0x3F000000u;
     uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x3FFu);
     uint32_t half = llmpar__dtype_select(magnitude < 0x38800000u, subnormal, normal);
     half = llmpar__dtype_select(magnitude >= 0x47800000u, 0x7C00u, half); /* 65536 and up; [65520, 65536) became infinity by the carry */
@@ -2646,7 +2668,7 @@ static inline uint32_t llmpar__dtype_from_f16(uint16_t half)
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
     uint32_t normal = (magnitude << 13) + 0x38000000u;
     /* the 10 bits as the fraction of a number in [2^-14, 2^-13), less 2^-14: exact, and never an f32 subnormal */
-    uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(0x38800000u + (magnitude << 13)) - 6.103515625e-05f);
+    uint32_t subnormal = llmpar__bits_f32(llmpar__from_bits_f32(0x38800000u + (magnitude << 13)) - 6.103515625e-05f);
     uint32_t special = 0x7F800000u | (magnitude << 13) | (magnitude > 0x7C00u ? 0x00400000u : 0u);
     uint32_t bits = llmpar__dtype_select(magnitude < 0x0400u, subnormal, normal);
     return sign | llmpar__dtype_select(magnitude >= 0x7C00u, special, bits);
@@ -2656,9 +2678,8 @@ static inline uint32_t llmpar__dtype_from_f16(uint16_t half)
    more to at most 22 bits gives what one rounding from f64 gives (Boldo and Melquiond 2008). NaN keeps its leading payload. */
 static inline uint32_t llmpar__dtype_f64_to_odd(double value)
 {
-    uint64_t bits, magnitude, fraction;
+    uint64_t bits = llmpar__bits_f64(value), magnitude, fraction;
     uint32_t sign, result;
-    memcpy(&bits, &value, sizeof bits);
     sign = (uint32_t)(bits >> 32) & 0x80000000u;
     magnitude = bits & 0x7FFFFFFFFFFFFFFFu;
     if (magnitude > 0x7FF0000000000000u) return sign | 0x7FC00000u | ((uint32_t)(magnitude >> 29) & 0x003FFFFFu);
@@ -2675,10 +2696,10 @@ static inline uint32_t llmpar__dtype_f64_to_odd(double value)
     return sign | result | ((fraction & (((uint64_t)1 << shift) - 1)) != 0);
 }
 
-LLMPAR_DEF uint16_t llmpar_f32_to_bf16(float value) { return llmpar__dtype_to_bf16(llmpar__dtype_bits(value)); }
-LLMPAR_DEF float llmpar_bf16_to_f32(uint16_t bits) { return llmpar__dtype_float(llmpar__dtype_from_bf16(bits)); }
-LLMPAR_DEF uint16_t llmpar_f32_to_f16(float value) { return llmpar__dtype_to_f16(llmpar__dtype_bits(value)); }
-LLMPAR_DEF float llmpar_f16_to_f32(uint16_t bits) { return llmpar__dtype_float(llmpar__dtype_from_f16(bits)); }
+LLMPAR_DEF uint16_t llmpar_f32_to_bf16(float value) { return llmpar__dtype_to_bf16(llmpar__bits_f32(value)); }
+LLMPAR_DEF float llmpar_bf16_to_f32(uint16_t bits) { return llmpar__from_bits_f32(llmpar__dtype_from_bf16(bits)); }
+LLMPAR_DEF uint16_t llmpar_f32_to_f16(float value) { return llmpar__dtype_to_f16(llmpar__bits_f32(value)); }
+LLMPAR_DEF float llmpar_f16_to_f32(uint16_t bits) { return llmpar__from_bits_f32(llmpar__dtype_from_f16(bits)); }
 
 /* One loop for a pair of types: `expression` turns from[i] into to[i]. */
 #define LLMPAR__DTYPE_LOOP(in_type, out_type, expression) do { \
@@ -2700,12 +2721,12 @@ LLMPAR_DEF int llmpar_convert(void *out, llmpar_dtype out_dtype, const void *in,
     switch (LLMPAR__DTYPE_PAIR(in_dtype, out_dtype)) {
     case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_F64): LLMPAR__DTYPE_LOOP(float, double, (double)from[i]);
     case LLMPAR__DTYPE_PAIR(LLMPAR_F64, LLMPAR_F32): LLMPAR__DTYPE_LOOP(double, float, (float)from[i]);
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_BF16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_bf16(llmpar__dtype_bits(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_F16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_f16(llmpar__dtype_bits(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__dtype_float(llmpar__dtype_from_bf16(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__dtype_float(llmpar__dtype_from_f16(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__dtype_float(llmpar__dtype_from_bf16(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__dtype_float(llmpar__dtype_from_f16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_BF16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_bf16(llmpar__bits_f32(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_F16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_f16(llmpar__bits_f32(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__from_bits_f32(llmpar__dtype_from_bf16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__from_bits_f32(llmpar__dtype_from_f16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__from_bits_f32(llmpar__dtype_from_bf16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__from_bits_f32(llmpar__dtype_from_f16(from[i])));
     case LLMPAR__DTYPE_PAIR(LLMPAR_F64, LLMPAR_BF16): LLMPAR__DTYPE_LOOP(double, uint16_t, llmpar__dtype_to_bf16(llmpar__dtype_f64_to_odd(from[i])));
     case LLMPAR__DTYPE_PAIR(LLMPAR_F64, LLMPAR_F16): LLMPAR__DTYPE_LOOP(double, uint16_t, llmpar__dtype_to_f16(llmpar__dtype_f64_to_odd(from[i])));
     case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F16): LLMPAR__DTYPE_LOOP(uint16_t, uint16_t, llmpar__dtype_to_f16(llmpar__dtype_from_bf16(from[i])));
@@ -2735,34 +2756,6 @@ LLMPAR__PRIVATE double llmpar__math_round_scaled(uint64_t significand, int stick
    name the reduction, which is the textbook one: Muller, "Elementary Functions", chapters 5, 6 and 11.
    Every scaling is by powers of two made from bits, so nothing depends on tables, on a C library or on fma. */
 
-static inline uint32_t llmpar__math_bits_f32(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float llmpar__math_from_bits_f32(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint64_t llmpar__math_bits_f64(double value)
-{
-    uint64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline double llmpar__math_from_bits_f64(uint64_t bits)
-{
-    double value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* condition (0 or 1) ? yes : no on bit patterns, with both computed: gcc keeps a loop scalar where it may turn a choice between
    floats into a branch. */
 static inline uint32_t llmpar__math_select(int condition, uint32_t yes, uint32_t no)
@@ -2774,12 +2767,12 @@ static inline uint32_t llmpar__math_select(int condition, uint32_t yes, uint32_t
    the unsigned arithmetic and comes out of the product. */
 LLMPAR_DEF float llmpar_exp_f32(float x)
 {
-    uint32_t bits = llmpar__math_bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
+    uint32_t bits = llmpar__bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
     /* to [-110, 110], which is far enough for 0 and infinity */
-    float clamped = llmpar__math_from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
+    float clamped = llmpar__from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
     float shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
     float n = shifted - 12582912.0f;
-    k = llmpar__math_bits_f32(shifted) - 0x4B400000u;
+    k = llmpar__bits_f32(shifted) - 0x4B400000u;
     float r = clamped - n * 0.693145752f; /* 15 bits of ln 2: the product is exact */
     r = r - n * 1.42860677e-06f;
     float p = 0.00139262135f; /* (e^r - 1 - r) / r^2, relative to e^r within 8e-9 */
@@ -2790,36 +2783,36 @@ LLMPAR_DEF float llmpar_exp_f32(float x)
     p = 1.0f + (r + r * r * p);
     half = (k >> 1) | (k & 0x80000000u); /* k / 2 in two's complement */
     /* two factors: 2^128 is no float, and a subnormal result is rounded by the last product alone */
-    p = p * llmpar__math_from_bits_f32((half + 127u) << 23);
-    return p * llmpar__math_from_bits_f32((k - half + 127u) << 23);
+    p = p * llmpar__from_bits_f32((half + 127u) << 23);
+    return p * llmpar__from_bits_f32((k - half + 127u) << 23);
 }
 
 /* x = 2^k m, m in [sqrt(1/2), sqrt(2)); with f = m - 1 and s = f / (2 + f), log m = 2 atanh s = f - (f^2/2 - s (f^2/2 + R)). */
 LLMPAR_DEF float llmpar_log_f32(float x)
 {
-    uint32_t bits = llmpar__math_bits_f32(x);
+    uint32_t bits = llmpar__bits_f32(x);
     int tiny = bits < 0x00800000u;
     /* a subnormal is an integer times 2^-149: converted, not multiplied, so that denormals-are-zero cannot touch it */
-    uint32_t normal = llmpar__math_select(tiny, llmpar__math_bits_f32((float)(int32_t)bits), bits);
+    uint32_t normal = llmpar__math_select(tiny, llmpar__bits_f32((float)(int32_t)bits), bits);
     uint32_t moved = normal + (0x3F800000u - 0x3F3504F3u);
     float k = (float)((int32_t)(moved >> 23) - (tiny ? 127 + 149 : 127));
-    float f = llmpar__math_from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+    float f = llmpar__from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
     float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p;
     p = 0.233316145f; /* (2 atanh(s) / s - 2) / z within 2e-11 of the logarithm */
     p = p * z + 0.285507786f;
     p = p * z + 0.400001222f;
     p = p * z + 0.666666666f;
-    uint32_t result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
+    uint32_t result = llmpar__bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
     result = llmpar__math_select(bits >= 0x7F800000u, bits | 0x00400000u, result); /* NaN stays, quiet */
     result = llmpar__math_select(bits == 0x7F800000u, bits, result);
     result = llmpar__math_select(bits > 0x80000000u && bits <= 0xFF800000u, 0x7FC00000u, result);
-    return llmpar__math_from_bits_f32(llmpar__math_select((bits & 0x7FFFFFFFu) == 0, 0xFF800000u, result));
+    return llmpar__from_bits_f32(llmpar__math_select((bits & 0x7FFFFFFFu) == 0, 0xFF800000u, result));
 }
 
 /* e^(high + low), |low| <= 2^-40 |high|; high may be NaN or infinite, low may not. */
 static double llmpar__math_exp_pair(double high, double low)
 {
-    if (!(high < 709.79)) return high >= 709.79 ? llmpar__math_from_bits_f64(0x7FF0000000000000u) : high;
+    if (!(high < 709.79)) return high >= 709.79 ? llmpar__from_bits_f64(0x7FF0000000000000u) : high;
     if (high < -745.2) return 0.0;
     double shifted = high * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52 */
     double n = shifted - 6755399441055744.0;
@@ -2839,8 +2832,8 @@ static double llmpar__math_exp_pair(double high, double low)
     p = p * r + 0.5;
     p = 1.0 + (r + r * r * p);
     int64_t half = k / 2;
-    p = p * llmpar__math_from_bits_f64((uint64_t)(half + 1023) << 52);
-    return p * llmpar__math_from_bits_f64((uint64_t)(k - half + 1023) << 52);
+    p = p * llmpar__from_bits_f64((uint64_t)(half + 1023) << 52);
+    return p * llmpar__from_bits_f64((uint64_t)(k - half + 1023) << 52);
 }
 
 LLMPAR_DEF double llmpar_exp_f64(double x)
@@ -2851,14 +2844,14 @@ LLMPAR_DEF double llmpar_exp_f64(double x)
 /* x = 2^k (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), for a positive finite x. Returns k. */
 static int llmpar__math_split(double x, double *f)
 {
-    uint64_t bits = llmpar__math_bits_f64(x), moved;
+    uint64_t bits = llmpar__bits_f64(x), moved;
     int offset = 1023;
     if (bits < 0x0010000000000000u) { /* subnormal: an integer times 2^-1074 */
-        bits = llmpar__math_bits_f64((double)(int64_t)bits);
+        bits = llmpar__bits_f64((double)(int64_t)bits);
         offset += 1074;
     }
     moved = bits + (0x3FF0000000000000u - 0x3FE6A09E667F3BCDu);
-    *f = llmpar__math_from_bits_f64((moved & 0x000FFFFFFFFFFFFFu) + 0x3FE6A09E667F3BCDu) - 1.0;
+    *f = llmpar__from_bits_f64((moved & 0x000FFFFFFFFFFFFFu) + 0x3FE6A09E667F3BCDu) - 1.0;
     return (int)(moved >> 52) - offset;
 }
 
@@ -2878,7 +2871,7 @@ static double llmpar__math_log_polynomial(double z)
 LLMPAR_DEF double llmpar_log_f64(double x)
 {
     double f, s, z, square, k;
-    if (!(x > 0.0)) return llmpar__math_from_bits_f64(x == 0.0 ? 0xFFF0000000000000u : 0x7FF8000000000000u);
+    if (!(x > 0.0)) return llmpar__from_bits_f64(x == 0.0 ? 0xFFF0000000000000u : 0x7FF8000000000000u);
     if (!llmpar_isfinite_f64(x)) return x;
     k = (double)llmpar__math_split(x, &f);
     s = f / (2.0 + f);
@@ -2903,10 +2896,10 @@ static void llmpar__math_product(double a, double b, double *high, double *low)
    in the logarithm is an absolute one of at most 2^-51.9 in an exponent of 69. */
 LLMPAR_DEF double llmpar_pow_f64(double base, double exponent)
 {
-    const double infinity = llmpar__math_from_bits_f64(0x7FF0000000000000u);
+    const double infinity = llmpar__from_bits_f64(0x7FF0000000000000u);
     double f, k, total, rest, s, s_low, c, product, product_low, high, low, sum;
     if (exponent == 0.0 || base == 1.0) return 1.0;
-    if (!(base >= 0.0) || exponent != exponent) return llmpar__math_from_bits_f64(0x7FF8000000000000u);
+    if (!(base >= 0.0) || exponent != exponent) return llmpar__from_bits_f64(0x7FF8000000000000u);
     if (base == 0.0 || base == infinity) return (base == 0.0) == (exponent < 0.0) ? infinity : 0.0;
     /* |log base| >= 2^-53, so 2^65 decides as infinity does, and the product below stays in range */
     if (exponent > 36893488147419103232.0) exponent = 36893488147419103232.0;
@@ -2936,7 +2929,7 @@ LLMPAR_DEF double llmpar_pow_f64(double base, double exponent)
 LLMPAR_DEF void llmpar_sincos_f64(double x, double *sine, double *cosine)
 {
     if (!(x >= -1e9 && x <= 1e9)) {
-        *sine = *cosine = llmpar__math_from_bits_f64(0x7FF8000000000000u);
+        *sine = *cosine = llmpar__from_bits_f64(0x7FF8000000000000u);
         return;
     }
     double shifted = x * 0.63661977236758138 + 6755399441055744.0;
@@ -2990,12 +2983,12 @@ LLMPAR_DEF float llmpar_sqrt_f32(float x)
 
 LLMPAR_DEF int llmpar_isfinite_f32(float x)
 {
-    return (llmpar__math_bits_f32(x) & 0x7F800000u) != 0x7F800000u;
+    return (llmpar__bits_f32(x) & 0x7F800000u) != 0x7F800000u;
 }
 
 LLMPAR_DEF int llmpar_isfinite_f64(double x)
 {
-    return (llmpar__math_bits_f64(x) & 0x7FF0000000000000u) != 0x7FF0000000000000u;
+    return (llmpar__bits_f64(x) & 0x7FF0000000000000u) != 0x7FF0000000000000u;
 }
 
 LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent)
@@ -3003,7 +2996,7 @@ LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int s
     uint64_t kept, lost, half;
     if (significand == 0) return 0.0;
     int length = 64 - __builtin_clzll(significand);
-    if (exponent + length > 1024) return llmpar__math_from_bits_f64(0x7FF0000000000000u);
+    if (exponent + length > 1024) return llmpar__from_bits_f64(0x7FF0000000000000u);
     if (exponent + length < -1074) return 0.0; /* below half of the smallest subnormal, 2^-1075 */
     /* the last bit kept has weight 2^-1074 or is the 53rd */
     int drop = length - 53;
@@ -3018,8 +3011,8 @@ LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int s
         if (lost > half || (lost == half && (sticky || (kept & 1)))) kept++;
     }
     /* kept counts units of 2^(exponent + drop): as bits, the subnormals and normals are one line; a carry moves up by itself */
-    if (kept < 0x0010000000000000u) return llmpar__math_from_bits_f64(kept);
-    return llmpar__math_from_bits_f64(kept + ((uint64_t)(exponent + drop + 1074) << 52));
+    if (kept < 0x0010000000000000u) return llmpar__from_bits_f64(kept);
+    return llmpar__from_bits_f64(kept + ((uint64_t)(exponent + drop + 1074) << 52));
 }
 /* ==== src/base/exact_sum.c ==== */
 /* limb i of the number    ... | 66 | 65 | ... | 1 | 0 |   weight 2^(32 i - 1088)
@@ -3047,9 +3040,7 @@ static inline void llmpar__exact_place(int64_t *limbs, uint64_t value, int posit
 
 LLMPAR_DEF void llmpar_exact_sum_add(llmpar_exact_sum *sum, double value)
 {
-    uint64_t bits, fraction;
-    memcpy(&bits, &value, sizeof bits);
-    fraction = bits & 0x000FFFFFFFFFFFFFu;
+    uint64_t bits = llmpar__bits_f64(value), fraction = bits & 0x000FFFFFFFFFFFFFu;
     int exponent = (int)(bits >> 52) & 0x7FF;
     int negative = (int)(bits >> 63);
     if (exponent == 0x7FF) {
@@ -3082,10 +3073,7 @@ static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *valu
     uint64_t bucket[2][256];
     memset(bucket, 0, sizeof bucket);
     for (size_t i = 0; i < count; i++) {
-        uint32_t bits, exponent, fraction;
-        memcpy(&bits, value + i, sizeof bits);
-        exponent = (bits >> 23) & 0xFFu;
-        fraction = (bits & 0x007FFFFFu) | (uint32_t)(exponent != 0) << 23;
+        uint32_t bits = llmpar__bits_f32(value[i]), exponent = (bits >> 23) & 0xFFu, fraction = (bits & 0x007FFFFFu) | (uint32_t)(exponent != 0) << 23;
         if (exponent == 0xFFu) llmpar__exact_square(sum, bits);
         else bucket[i & 1][exponent] += (uint64_t)fraction * fraction;
     }
@@ -3107,11 +3095,7 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
         value += now;
         count -= now;
     }
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, value + i, sizeof bits);
-        llmpar__exact_square(sum, bits);
-    }
+    for (size_t i = 0; i < count; i++) llmpar__exact_square(sum, llmpar__bits_f32(value[i]));
     llmpar_exact_sum_carry(sum);
 }
 
@@ -3136,16 +3120,8 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
     double value;
     int top, i, shift, sticky, negative;
 
-    if (special[LLMPAR__EXACT_NAN] || (special[LLMPAR__EXACT_INFINITY] && special[LLMPAR__EXACT_NEGATIVE_INFINITY])) {
-        const uint64_t nan = 0x7FF8000000000000u;
-        memcpy(&value, &nan, sizeof value);
-        return value;
-    }
-    if (special[LLMPAR__EXACT_INFINITY] || special[LLMPAR__EXACT_NEGATIVE_INFINITY]) {
-        const uint64_t infinity = special[LLMPAR__EXACT_INFINITY] ? 0x7FF0000000000000u : 0xFFF0000000000000u;
-        memcpy(&value, &infinity, sizeof value);
-        return value;
-    }
+    if (special[LLMPAR__EXACT_NAN] || (special[LLMPAR__EXACT_INFINITY] && special[LLMPAR__EXACT_NEGATIVE_INFINITY])) return llmpar__from_bits_f64(0x7FF8000000000000u);
+    if (special[LLMPAR__EXACT_INFINITY] || special[LLMPAR__EXACT_NEGATIVE_INFINITY]) return llmpar__from_bits_f64(special[LLMPAR__EXACT_INFINITY] ? 0x7FF0000000000000u : 0xFFF0000000000000u);
 
     llmpar_exact_sum_carry(&digits);
     negative = digits.limb[LLMPAR__EXACT_NUMBER - 1] < 0;
@@ -3154,11 +3130,7 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
         llmpar_exact_sum_carry(&digits);
     }
     for (top = LLMPAR__EXACT_NUMBER - 1; top > 0 && digits.limb[top] == 0; top--) { }
-    if (digits.limb[top] > 0xFFFFFFFF) { /* only the top limb can: 2^1056 and up */
-        const uint64_t infinity = negative ? 0xFFF0000000000000u : 0x7FF0000000000000u;
-        memcpy(&value, &infinity, sizeof value);
-        return value;
-    }
+    if (digits.limb[top] > 0xFFFFFFFF) return llmpar__from_bits_f64(negative ? 0xFFF0000000000000u : 0x7FF0000000000000u); /* only the top limb can: 2^1056 and up */
     /* 64 bits from the highest bit down, and whether anything lies below */
     uint64_t significand = (uint64_t)digits.limb[top] << 32;
     if (top > 0) significand |= (uint64_t)digits.limb[top - 1];
@@ -7218,15 +7190,6 @@ static void llmpar__squares_deposit(llmpar_exact_sum *sum, int64_t units, double
     llmpar_exact_sum_add(sum, (double)(units & 0xFFFFFFFF) * unit);
 }
 
-/* 2^exponent */
-static double llmpar__squares_power(int exponent)
-{
-    uint64_t bits = (uint64_t)(exponent + 1023) << 52;
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 LLMPAR__PRIVATE_DEF void llmpar__squares_flush(llmpar__squares_window *window, llmpar_exact_sum *sum)
 {
     for (int w = 0; w < LLMPAR__SQUARES_WORDS; w++) {
@@ -7256,8 +7219,8 @@ LLMPAR__PRIVATE_DEF int llmpar__squares_choose(llmpar__squares_window *window, l
         below = window->top - fewest;
         int k = 2 * window->top - 252 + LLMPAR__SQUARES_LOG_ADDITIONS;
         for (int w = 0; w < LLMPAR__SQUARES_WORDS; w++) {
-            window->start[w] = llmpar__squares_power(k) * (w ? 1.5 : 1.0);
-            window->unit[w] = llmpar__squares_power(k - 52);
+            window->start[w] = llmpar__power_f64(k) * (w ? 1.5 : 1.0);
+            window->unit[w] = llmpar__power_f64(k - 52);
             k += LLMPAR__SQUARES_LOG_ADDITIONS - 52;
         }
     }
@@ -7323,24 +7286,13 @@ static const llmpar__kernel llmpar__adalomo_squares_kernels[4] = LLMPAR__VKERNEL
 static const llmpar__kernel llmpar__adalomo_apply_kernels[4] = LLMPAR__VKERNELS_NARROW(adalomo_apply);
 static const llmpar__kernel llmpar__adalomo_sums_kernels[4] = LLMPAR__VKERNELS(adalomo_sums);
 
-/* 2^e, -1022 <= e <= 1023. */
-static double llmpar__adalomo_power(int32_t e)
-{
-    uint64_t bits = (uint64_t)(e + 1023) << 52;
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 /* The exponent e of factor_sum; 0: the number is too large, or none. */
 static int llmpar__adalomo_exponent(double largest, double grad_scale, llmpar_dtype dtype, int32_t *e)
 {
     double x = dtype == LLMPAR_F64 ? largest * grad_scale : (double)((float)largest * (float)grad_scale);
-    uint64_t bits;
     if (x < 0) x = -x;
-    if (!(x < llmpar__adalomo_power(1000))) return 0;
-    memcpy(&bits, &x, sizeof bits);
-    *e = (int32_t)(bits >> 52) - 1022;
+    if (!(x < llmpar__power_f64(1000))) return 0;
+    *e = (int32_t)(llmpar__bits_f64(x) >> 52) - 1022;
     if (*e < -1000) *e = -1000;
     return 1;
 }
@@ -7375,9 +7327,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     (void)stream;
     if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
     job.args = args;
-    job.down = llmpar__adalomo_power(args->dtype == LLMPAR_F32 && e < -200 ? 200 : -e); /* nothing but zeros: its square stays finite */
-    job.by_row = llmpar__adalomo_power(args->row_bits);
-    job.by_col = llmpar__adalomo_power(args->col_bits);
+    job.down = llmpar__power_f64(args->dtype == LLMPAR_F32 && e < -200 ? 200 : -e); /* nothing but zeros: its square stays finite */
+    job.by_row = llmpar__power_f64(args->row_bits);
+    job.by_col = llmpar__power_f64(args->col_bits);
     int64_t blocks = llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS), rows = (args->begin + args->count - 1) / args->cols - args->begin / args->cols + 1;
     job.step = llmpar__v_min(LLMPAR__ADALOMO_COLUMNS, llmpar__v_blocks(args->cols, 16 * blocks) * 16);
     job.rows = llmpar__v_blocks(rows, blocks >= 2 * llmpar__pool_threads(cpu) ? 1 : llmpar__pool_threads(cpu));
@@ -7409,12 +7361,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_moment(llmpar_device *devic
     (void)stream;
     if (status || args->count <= 0) return status;
     double power = 0, unit;
-    if (llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) power = llmpar__adalomo_power(e);
-    else { /* NaN */
-        uint64_t bits = UINT64_C(0x7ff8000000000000);
-        memcpy(&power, &bits, sizeof power);
-    }
-    unit = llmpar__adalomo_power(-args->bits) * power * power / (double)args->terms;
+    if (llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) power = llmpar__power_f64(e);
+    else power = llmpar__from_bits_f64(UINT64_C(0x7ff8000000000000)); /* NaN */
+    unit = llmpar__power_f64(-args->bits) * power * power / (double)args->terms;
     if (args->dtype == LLMPAR_F32) llmpar__adalomo_moments_f32(args, unit);
     else llmpar__adalomo_moments_f64(args, unit);
     return LLMPAR_OK;
@@ -17355,7 +17304,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw,
+LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate,
                                                    llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
 {
     llmpar_gemm_args args;
@@ -17366,6 +17315,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_s
     args.m = out_dim;
     args.n = args.ldc = in_dim;
     args.c = dw;
+    args.accumulate = accumulate;
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     status = tp->ctx->device->gemm(tp->ctx->device, stream, &args);
@@ -18677,6 +18627,7 @@ static void llmpar__order_compute(const llmpar__order *order, const llmpar_instr
         llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, LLMPAR__ACCESS_WRITE, unit, m);
         if (in->slot >= 0) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_FRESH, unit, 0, in->local, in->slot);
         if (in->from >= 0 && borrow >= 0) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_FRESH, borrow, 1, in->local, in->from);
+        if (unit + 1 == order->unit_count && !in->again) llmpar__order_touch(list, LLMPAR__THING_LOSS, LLMPAR__ACCESS_WRITE, 0);
         return;
     }
     llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, LLMPAR__ACCESS_READ, unit, m);
@@ -21118,9 +21069,7 @@ LLMPAR_DEF void llmpar_loss_scale_resolve(llmpar_loss_scale *state)
 /* A normal power of two: no bit of the mantissa. */
 static int llmpar__loss_scale_is_power(double x)
 {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x > 0 && llmpar_isfinite_f64(x) && (bits & 0xfffffffffffffu) == 0;
+    return x > 0 && llmpar_isfinite_f64(x) && (llmpar__bits_f64(x) & 0xfffffffffffffu) == 0;
 }
 
 LLMPAR_DEF llmpar_status llmpar_loss_scale_check(const llmpar_loss_scale *state, llmpar_error *error)
@@ -22687,7 +22636,7 @@ static void llmpar__llama_rows(const llmpar_llama *model, const llmpar__op_row *
         if (!here) continue;
         llmpar_unit_op *op = &out->ops[out->count++];
         *op = rows[i].op;
-        op->index = half;
+        op->index += half;
         op->output_only = op->output_only && last;
         for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] == LLMPAR__HALF_BEFORE ? before : op->wait[w] ? place[op->wait[w] - 1] : 0;
         if (rows[i].place & LLMPAR__JOINT) *joint = out->count;
@@ -23355,7 +23304,7 @@ static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpa
 /* dw[out_dim, in_dim] of parameter p */
 static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
 {
-    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), 0, b->s.dtype, call->workspace, call->workspace_bytes);
 }
 
 /* ---- attention ---- */
@@ -23465,7 +23414,7 @@ static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
         int64_t width = (i ? s->k : s->h) * s->e;
         void *bias = llmpar__block_grad(&b, call, LLMPAR__BQ + i);
         status = llmpar__block_dw(&b, call, LLMPAR__WQ + i, width, s->d, b.dqkv + at[i], width, b.in);
-        if (!status && bias) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, width, 1, b.dqkv + at[i], width, b.model->one, 0, bias, s->dtype, call->workspace, call->workspace_bytes);
+        if (!status && bias) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, width, 1, b.dqkv + at[i], width, b.model->one, 0, bias, 0, s->dtype, call->workspace, call->workspace_bytes);
     }
     return status;
 }
@@ -23724,17 +23673,18 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_
    scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part where nothing is scattered or rounded)  leaves[leaves,D]  logits: a part of them where they do not fit
    rstd, max, target, sum, part and leaves are of the sum type.
 
-   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward takes some rows at a time: logits, their maximum over tp, the sum of exp; what stays is three numbers a row. Backward makes logits again, twice: some rows at
-   a time for dx, which is a sum over the vocabulary, and some columns at a time for dW, which is a sum over the rows. So every sum is as whole as ever, in the order of docs/exact.md, whatever the leaves, at 5 products of N*V*D where
-   logits that fit take 3. One pass over rows for both would take 4, but had to read and write all of dW for every part, and to hold log2(leaves) more of it.
-   The maximum over tp between a part's two steps is the one collective that runs on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
+   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward then leaves all to backward, which takes some rows at a time: logits, their maximum over tp, the sum of exp, the loss, dlogits in their place, dx. Of one leaf
+   dW goes on from part to part: 3 products of N*V*D, as many as with whole logits. Of several it would take log2(leaves) more of dW, so logits are made again there, some columns at a time: 4 products. Every sum is as whole as ever, in
+   the order of docs/exact.md. An evaluation, which has no backward, makes its losses in forward.
+   A part's collectives run on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
 
 typedef struct llmpar__head {
     llmpar__shape s;
     const llmpar_llama *model;
     const llmpar_tp *tp;
     int whole;                     /* logits are saved */
-    int64_t rows, columns;         /* else: of a part of them */
+    int once;                      /* else: dW is made with dx, not from columns made again */
+    int64_t rows, columns;         /* of a part of them */
     char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
     const char *in;
     size_t saved, scratch;
@@ -23760,13 +23710,19 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
     out->rows = llmpar__head_fit(model->logits_bytes, widest * (int64_t)size, s->n);
     out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
     out->whole = out->rows == s->n;
+    out->once = !out->whole && s->leaves == 1 && out->rows >= LLMPAR_TP_PART;
+    if (out->once) { /* parts of like size */
+        int64_t most = out->rows / LLMPAR_TP_PART * LLMPAR_TP_PART, parts = (s->n + most - 1) / most;
+        out->rows = ((s->n + parts - 1) / parts + LLMPAR_TP_PART - 1) / LLMPAR_TP_PART * LLMPAR_TP_PART;
+        out->columns = s->v;
+    }
     size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, s->sum_size), max = llmpar__llama_take(&at, 2 * s->n, s->sum_size), sum = llmpar__llama_take(&at, s->n, s->sum_size);
     logits = out->whole ? llmpar__llama_take(&at, s->n * s->v, size) : 0;
     out->saved = at;
     at = 0;
     size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(out->tp, s->b, s->t, s->d, dtype), 1);
     size_t dh = out->tp->sequence_parallel || llmpar_tp_partial_dtype(out->tp, dtype) != dtype ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
-    if (!out->whole) logits = llmpar__llama_take(&at, out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
+    if (!out->whole) logits = llmpar__llama_take(&at, out->once || out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
     out->scratch = at;
     if (!saved || !scratch) return;
     out->h = (char *)saved + h;
@@ -23813,11 +23769,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_mi
     out->saved = h.saved;
     out->scratch = h.scratch;
     for (int rest = 0; rest < 2; rest++) { /* parts, and what is left for the last of them */
-        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.whole ? s->v : rest ? s->v % h.columns : h.columns;
+        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.columns == s->v ? s->v : rest ? s->v % h.columns : h.columns, summed = h.once ? rows : s->n;
         llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, rows, s->v, s->d, dtype));
         llmpar__head_most(&out->workspace, llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, rows, s->d, h.model->config.vocab, &operand, 1, dtype));
-        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, s->n, columns, s->d, dtype));
-        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, s->n, s->leaves, columns, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, summed, columns, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, summed, s->leaves, columns, s->d, dtype));
     }
     return LLMPAR_OK;
 }
@@ -23866,7 +23822,7 @@ static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
 static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
 {
     llmpar__head h = llmpar__head_open(call);
-    if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
+    if (h.whole ? call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) : call->pass == LLMPAR_PASS_FORWARD) return LLMPAR_OK;
     return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
 }
 
@@ -23874,71 +23830,61 @@ static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const ll
 {
     llmpar_collective c = llmpar__comm_collective(values, values, (size_t)count, h->s.sum, tag);
     c.op = op;
-    return llmpar_all_reduce(h->tp->comm, call->stream, &c);
+    return h->tp->ranks == 1 ? LLMPAR_OK : llmpar_all_reduce(h->tp->comm, call->stream, &c);
 }
 
-static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
+/* A step towards the losses of these rows: 0 logits and their maximum, 1 over tp, 2 sum of exp, 3 over tp, 4 losses. */
+static llmpar_status llmpar__head_step(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int32_t step)
 {
     llmpar_xent_args xent;
-    llmpar__head h = llmpar__head_open(call);
-    llmpar_status status = LLMPAR_OK;
-    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
-        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
-        status = llmpar__head_product(call, &h, row, rows, 0, h.s.v);
-        llmpar__head_xent(call, &h, row, rows, 0, h.s.v, &xent);
-        if (!status) status = call->device->xent_max(call->device, call->stream, &xent);
-        if (h.whole) continue;
-        if (!status && h.tp->ranks > 1) status = llmpar__head_combine(call, &h, "head max of some rows/all_reduce", xent.max, rows, LLMPAR_MAX);
-        if (!status) status = call->device->xent_sum(call->device, call->stream, &xent);
+    llmpar_xent_loss_args loss;
+    llmpar_status status;
+    llmpar__head_xent(call, h, row, rows, 0, h->s.v, &xent);
+    switch (step) {
+    case 0:
+        status = llmpar__head_product(call, h, row, rows, 0, h->s.v);
+        return status ? status : call->device->xent_max(call->device, call->stream, &xent);
+    case 1:
+        status = llmpar__head_combine(call, h, "head max/all_reduce", xent.max, h->whole ? 2 * rows : rows, LLMPAR_MAX);
+        return status || h->whole ? status : llmpar__head_combine(call, h, "head target/all_reduce", xent.target_logit, rows, LLMPAR_MAX);
+    case 2: return call->device->xent_sum(call->device, call->stream, &xent);
+    case 3: return llmpar__head_combine(call, h, "head sum/all_reduce", xent.sum, rows, LLMPAR_SUM);
     }
+    memset(&loss, 0, sizeof loss);
+    loss.rows = rows;
+    loss.max = xent.max;
+    loss.target_logit = xent.target_logit;
+    loss.sum = xent.sum;
+    loss.targets = xent.targets;
+    loss.accumulator = call->micro->loss;
+    loss.token_loss = call->micro->token_loss ? call->micro->token_loss + row : NULL;
+    loss.dtype = h->s.dtype;
+    return call->device->xent_loss(call->device, call->stream, &loss);
+}
+
+static llmpar_status llmpar__head_steps(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t step = 0; step < 5 && !status; step++) status = llmpar__head_step(call, h, row, rows, step);
     return status;
 }
 
-static llmpar_status llmpar__head_max(llmpar_unit_call *call)
+static llmpar_status llmpar__head_forward(llmpar_unit_call *call)
 {
     llmpar__head h = llmpar__head_open(call);
-    return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
-}
-
-static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
-{
-    llmpar_xent_args xent;
-    llmpar__head h = llmpar__head_open(call);
-    if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
-    llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
-    return call->device->xent_sum(call->device, call->stream, &xent);
-}
-
-static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
-{
-    llmpar__head h = llmpar__head_open(call);
-    return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
-}
-
-static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
-{
-    llmpar_xent_loss_args args;
-    llmpar__head h = llmpar__head_open(call);
-    memset(&args, 0, sizeof args);
-    args.rows = h.s.n;
-    args.max = h.max;
-    args.target_logit = h.target;
-    args.sum = h.sum;
-    args.targets = call->micro->targets;
-    args.accumulator = call->micro->loss;
-    args.token_loss = call->micro->token_loss;
-    args.dtype = h.s.dtype;
-    return call->device->xent_loss(call->device, call->stream, &args);
+    llmpar_status status = LLMPAR_OK;
+    if (h.whole) return llmpar__head_step(call, &h, 0, h.s.n, call->index);
+    for (int64_t row = 0; call->pass == LLMPAR_PASS_EVAL && call->index == 0 && row < h.s.n && !status; row += h.rows) status = llmpar__head_steps(call, &h, row, h.s.n - row < h.rows ? h.s.n - row : h.rows);
+    return status;
 }
 
 /* dlogits in place of the logits of these rows and columns. */
 static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
 {
     llmpar_xent_backward_args xent;
-    llmpar_status status = h->whole ? LLMPAR_OK : llmpar__head_product(call, h, row, rows, column, columns);
     llmpar__head_xent(call, h, row, rows, column, columns, &xent.forward);
     xent.scale = call->micro->grad_scale;
-    return status ? status : call->device->xent_backward(call->device, call->stream, &xent);
+    return call->device->xent_backward(call->device, call->stream, &xent);
 }
 
 static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
@@ -23947,13 +23893,16 @@ static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
     llmpar__head h = llmpar__head_open(call);
     llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
     size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
+    char *grad = h.once ? llmpar__head_grad(call) : NULL;
     llmpar_status status = LLMPAR_OK;
-    if (!h.whole && !llmpar__head_wants_dx(call)) return status;
     for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
         int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
-        status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
+        if (!h.whole) status = llmpar__head_steps(call, &h, row, rows);
+        if (!status) status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
         if (!status && llmpar__head_wants_dx(call))
             status = llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, rows, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part + (size_t)row * line, call->workspace, call->workspace_bytes);
+        if (!status && grad)
+            status = llmpar_tp_weight_gradient(h.tp, call->stream, rows, 1, h.s.v, h.s.d, h.logits, h.s.v, h.in + (size_t)(row * h.s.d) * h.s.size, h.s.d, grad, row > 0, h.s.dtype, call->workspace, call->workspace_bytes);
     }
     return status;
 }
@@ -23968,15 +23917,15 @@ static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 {
     char *grad = llmpar__head_grad(call);
-    if (!grad) return LLMPAR_OK;
     llmpar__head h = llmpar__head_open(call);
     const llmpar__shape *s = &h.s;
-    if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
+    if (!grad || h.once) return LLMPAR_OK;
     llmpar_status status = LLMPAR_OK;
     for (int64_t column = 0; column < s->v && !status; column += h.columns) {
         int64_t columns = s->v - column < h.columns ? s->v - column : h.columns;
-        status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
-        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, s->dtype, call->workspace, call->workspace_bytes);
+        if (!h.whole) status = llmpar__head_product(call, &h, 0, s->n, column, columns);
+        if (!h.whole && !status) status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
+        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, 0, s->dtype, call->workspace, call->workspace_bytes);
     }
     return status;
 }
@@ -24006,11 +23955,11 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
     static const llmpar__op_row forward_rows[] = {
         /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
         /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 3 */ {{"logits, max", llmpar__head_forward, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"max", llmpar__head_forward, LLMPAR_TP_REDUCE, {3, 0}, 1, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"sum of exp", llmpar__head_forward, LLMPAR_COMPUTE, {4, 0}, 2, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"sum of exp", llmpar__head_forward, LLMPAR_TP_REDUCE, {5, 0}, 3, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"loss", llmpar__head_forward, LLMPAR_COMPUTE, {6, 0}, 4, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row backward_rows[] = {
         /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},

@@ -112,7 +112,7 @@ static llmpar_status backward(mlp *m)
     int64_t N = m->rows, D = m->hidden, f = m->f;
     llmpar_tp_operand first = share(m, m->dh, m->w1, D);
     /* dw2[D,f] = dy[N,D]^T h[N,f]: one chain a sequence, a tree over sequences */
-    llmpar_status st = llmpar_tp_weight_gradient(&m->tp, m->stream, N, SEQUENCES, D, f, m->dy, D, m->h, f, m->dw2, LLMPAR_F32, m->workspace, m->workspace_bytes);
+    llmpar_status st = llmpar_tp_weight_gradient(&m->tp, m->stream, N, SEQUENCES, D, f, m->dy, D, m->h, f, m->dw2, 0, LLMPAR_F32, m->workspace, m->workspace_bytes);
     /* dh[N,f] = dy[N,D] w2[D,f], where h > 0 */
     if (!st) st = llmpar_tp_product(&m->tp, m->stream, LLMPAR_GEMM_NN, N, f, D, m->dy, D, m->w2, f, m->dh, f, LLMPAR_F32, m->workspace, m->workspace_bytes);
     if (!st) st = enqueue_relu(m, m->dh, m->h);
@@ -120,7 +120,7 @@ static llmpar_status backward(mlp *m)
     if (!st) st = llmpar_tp_partial(&m->tp, m->stream, LLMPAR_GEMM_NN, N, D, m->inner, &first, 1, LLMPAR_F32, m->dx, m->workspace, m->workspace_bytes);
     if (!st) st = llmpar_tp_reduce(&m->tp, m->stream, "dx", SEQUENCES, N / SEQUENCES, D, m->dx, m->dx, LLMPAR_F32);
     /* dw1[f,D] = dh[N,f]^T x[N,D] */
-    if (!st) st = llmpar_tp_weight_gradient(&m->tp, m->stream, N, SEQUENCES, f, D, m->dh, f, m->x, D, m->dw1, LLMPAR_F32, m->workspace, m->workspace_bytes);
+    if (!st) st = llmpar_tp_weight_gradient(&m->tp, m->stream, N, SEQUENCES, f, D, m->dh, f, m->x, D, m->dw1, 0, LLMPAR_F32, m->workspace, m->workspace_bytes);
     return st;
 }
 

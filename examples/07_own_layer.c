@@ -82,10 +82,10 @@ static llmpar_status backward(llmpar_unit_call *call)
 {
     const layer *l = (const layer *)call->user;
     int64_t n = rows(call->micro), d = l->hidden, leaves = call->micro->leaves;
-    llmpar_status st = llmpar_tp_weight_gradient(l->tp, call->stream, n, leaves, d, INNER, call->doutput, d, inner(call), INNER, call->grads[1], call->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status st = llmpar_tp_weight_gradient(l->tp, call->stream, n, leaves, d, INNER, call->doutput, d, inner(call), INNER, call->grads[1], 0, call->dtype, call->workspace, call->workspace_bytes);
     if (!st) st = llmpar_tp_product(l->tp, call->stream, LLMPAR_GEMM_NN, n, INNER, d, call->doutput, d, call->params[1], INNER, dinner(call), INNER, call->dtype, call->workspace, call->workspace_bytes);
     if (!st) st = enqueue_relu(call, dinner(call), inner(call));
-    if (!st) st = llmpar_tp_weight_gradient(l->tp, call->stream, n, leaves, INNER, d, dinner(call), INNER, call->input, d, call->grads[0], call->dtype, call->workspace, call->workspace_bytes);
+    if (!st) st = llmpar_tp_weight_gradient(l->tp, call->stream, n, leaves, INNER, d, dinner(call), INNER, call->input, d, call->grads[0], 0, call->dtype, call->workspace, call->workspace_bytes);
     if (!st) st = llmpar_tp_product(l->tp, call->stream, LLMPAR_GEMM_NN, n, d, INNER, dinner(call), INNER, call->params[0], d, call->dinput, d, call->dtype, call->workspace, call->workspace_bytes);
     return st ? st : add(call, n * d, call->doutput, call->dinput, call->dinput);
 }

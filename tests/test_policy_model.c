@@ -511,17 +511,54 @@ TEST(logits_are_never_whole)
     llmpar_error error;
     llmpar_launch_desc desc = { .ranks = 1 };
     if (llmpar_launch(&desc, check_head, NULL, &error)) TEST_FAIL("%s", error.text);
-    /* The price: 5 products of all rows and the vocabulary instead of 3, whatever the leaves. */
+    /* The price where there are several leaves: 4 products of all rows and the vocabulary instead of 3. */
     job j;
     result whole, parts;
     describe(&j, LLMPAR_F32, 0);
     run(&j, &whole);
     j.logits_bytes = 130 * 32 * 4; /* half the rows, half the columns */
     run(&j, &parts);
-    CHECK_INT(parts.products - whole.products, (2 + 2 + 2 + 2) - (1 + 1)); /* of halves: logits, logits again, dx, logits again; instead of logits, dx */
+    CHECK_INT(parts.products - whole.products, (2 + 2 + 2) - (1 + 1)); /* of halves: logits, dx, logits again; instead of logits, dx */
     CHECK_INT(parts.weight_products - whole.weight_products, 1);
     free(whole.gradient);
     free(parts.gradient);
+}
+
+/* Of one leaf the weights' gradient goes on from part to part: no product more than with whole logits, and the same bits. */
+TEST(parts_of_one_leaf)
+{
+    enum { ONE = 300 }; /* parts of 64 rows and one of 44 */
+    static int32_t ids_of_one[ONE], targets_of_one[ONE];
+    static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16, LLMPAR_F64 };
+    for (int i = 0; i < ONE; i++) ids_of_one[i] = i * 37 % 259, targets_of_one[i] = i % 11 == 5 ? -1 : (i * 53 + 7) % 259;
+    for (int d = 0; d < 4; d++)
+        for (int tied = 0; tied < 2; tied++) {
+            job j;
+            result whole, parts;
+            describe(&j, dtypes[d], tied);
+            j.config.max_positions = ONE;
+            j.ids = ids_of_one;
+            j.targets = targets_of_one;
+            j.sequences = j.leaves = 1;
+            j.t = ONE;
+            run(&j, &whole);
+            for (int way = 0; way < 3; way++) {
+                j.tp = way ? 4 : 1;
+                j.sequence_parallel = way == 2;
+                j.logits_bytes = (int64_t)(259 + 3) / j.tp * (int64_t)llmpar_dtype_size(dtypes[d]) * 100;
+                run(&j, &parts);
+                check_same(&j, &parts, &whole, "parts of one leaf");
+                free(parts.gradient);
+                if (!way) CHECK_INT(parts.products - whole.products, (5 + 5) - (1 + 1));
+                if (!way) CHECK_INT(parts.weight_products - whole.weight_products, 5 - 1);
+                j.frozen = 0x0f; /* the head alone is trained: nothing is handed down */
+                run(&j, &parts);
+                CHECK_BYTES(&parts.loss, &whole.loss, sizeof whole.loss);
+                free(parts.gradient);
+                j.frozen = 0;
+            }
+            free(whole.gradient);
+        }
 }
 
 /* ---- a trained model in half precision ---- */
@@ -591,4 +628,4 @@ TEST(half_precision_of_a_trained_model)
     free(want.gradient);
 }
 
-TEST_LIST(T_(same_bits_f32), T_(same_bits_bf16), T_(same_bits_f16), T_(same_bits_f64), T_(frozen_units), T_(selective_keeps_less), T_(logits_are_never_whole), T_(half_precision_of_a_trained_model))
+TEST_LIST(T_(same_bits_f32), T_(same_bits_bf16), T_(same_bits_f16), T_(same_bits_f64), T_(frozen_units), T_(selective_keeps_less), T_(logits_are_never_whole), T_(parts_of_one_leaf), T_(half_precision_of_a_trained_model))

@@ -302,7 +302,7 @@ static llmpar_status weight_gradient(llmpar_tp *tp, const job *j)
     for (int64_t leaves = 1; leaves <= BATCH; leaves *= 2) {
         size_t bytes = llmpar_tp_weight_gradient_workspace(tp, N, leaves, count, IN, dtype);
         void *workspace = workspace_of(bytes);
-        CHECK_OK(llmpar_tp_weight_gradient(tp, NULL, N, leaves, count, IN, dy, count, x, IN, dw, dtype, workspace, bytes));
+        CHECK_OK(llmpar_tp_weight_gradient(tp, NULL, N, leaves, count, IN, dy, count, x, IN, dw, 0, dtype, workspace, bytes));
         for (int64_t o = 0; o < count; o++)
             for (int64_t i = 0; i < IN; i++) {
                 double leaf[BATCH] = { 0 };
@@ -401,7 +401,7 @@ TEST(shapes)
 static llmpar_status wrong_leaves(llmpar_tp *tp, const job *j)
 {
     float x[12] = { 0 }, dw[4];
-    return llmpar_tp_weight_gradient(tp, NULL, 6, 4, 2, 2, x, 2, x, 2, dw, j->dtype, NULL, 0);
+    return llmpar_tp_weight_gradient(tp, NULL, 6, 4, 2, 2, x, 2, x, 2, dw, 0, j->dtype, NULL, 0);
 }
 
 static llmpar_status small_workspace(llmpar_tp *tp, const job *j)

@@ -34,7 +34,7 @@ enum { POLICY_OPTION = 256 };
     "  --accumulate tree|chain   micro-batches are added as a balanced tree (default), or in sequence into one buffer\n" \
     "  --recompute none|selective|full|auto[,N]   what blocks compute again in backward instead of keeping it: nothing\n" \
     "                      (default), what is cheap, everything, or what --memory-limit asks for; N: every Nth block only\n" \
-    "  --logits-bytes N[K|M|G]   logits held at once; more are computed in parts, and again in backward (default 256M)\n" \
+    "  --logits-bytes N[K|M|G]   logits held at once; more are computed in parts, with several sequences twice (default 256M)\n" \
     "  --offload LIST      optimizer, params, grads, activations, each =host or =file: kept outside the arena between uses\n" \
     "  --offload-dir DIR   of the files (default .), which are gone when the program is\n" \
     "  --offload-update device|host   where the optimizer works (default device); host: on the CPU, with optimizer, params and grads =host\n" \

@@ -1,4 +1,5 @@
 #include "base/dtype.h"
+#include "base/bits_internal.h"
 
 #include <string.h>
 
@@ -34,20 +35,6 @@ LLMPAR_DEF const char *llmpar_dtype_name(llmpar_dtype dtype)
     }
 }
 
-static inline uint32_t llmpar__dtype_bits(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float llmpar__dtype_float(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* condition (0 or 1) ? yes : no, with both computed: as a branch around a float operation gcc would keep the loop scalar. */
 static inline uint32_t llmpar__dtype_select(int condition, uint32_t yes, uint32_t no)
 {
@@ -74,7 +61,7 @@ static inline uint16_t llmpar__dtype_to_f16(uint32_t bits)
     /* 2^-14 and up: move the exponent bias from 127 to 15, round off 13 bits; a carry may give infinity (0x7C00) */
     uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
     /* below: adding 0.5 puts the last bit of the f16 subnormal at the last bit of the sum, so the addition rounds */
-    uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(magnitude) + 0.5f) - 0x3F000000u;
+    uint32_t subnormal = llmpar__bits_f32(llmpar__from_bits_f32(magnitude) + 0.5f) - 0x3F000000u;
     uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x3FFu);
     uint32_t half = llmpar__dtype_select(magnitude < 0x38800000u, subnormal, normal);
     half = llmpar__dtype_select(magnitude >= 0x47800000u, 0x7C00u, half); /* 65536 and up; [65520, 65536) became infinity by the carry */
@@ -87,7 +74,7 @@ static inline uint32_t llmpar__dtype_from_f16(uint16_t half)
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
     uint32_t normal = (magnitude << 13) + 0x38000000u;
     /* the 10 bits as the fraction of a number in [2^-14, 2^-13), less 2^-14: exact, and never an f32 subnormal */
-    uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(0x38800000u + (magnitude << 13)) - 6.103515625e-05f);
+    uint32_t subnormal = llmpar__bits_f32(llmpar__from_bits_f32(0x38800000u + (magnitude << 13)) - 6.103515625e-05f);
     uint32_t special = 0x7F800000u | (magnitude << 13) | (magnitude > 0x7C00u ? 0x00400000u : 0u);
     uint32_t bits = llmpar__dtype_select(magnitude < 0x0400u, subnormal, normal);
     return sign | llmpar__dtype_select(magnitude >= 0x7C00u, special, bits);
@@ -97,9 +84,8 @@ static inline uint32_t llmpar__dtype_from_f16(uint16_t half)
    more to at most 22 bits gives what one rounding from f64 gives (Boldo and Melquiond 2008). NaN keeps its leading payload. */
 static inline uint32_t llmpar__dtype_f64_to_odd(double value)
 {
-    uint64_t bits, magnitude, fraction;
+    uint64_t bits = llmpar__bits_f64(value), magnitude, fraction;
     uint32_t sign, result;
-    memcpy(&bits, &value, sizeof bits);
     sign = (uint32_t)(bits >> 32) & 0x80000000u;
     magnitude = bits & 0x7FFFFFFFFFFFFFFFu;
     if (magnitude > 0x7FF0000000000000u) return sign | 0x7FC00000u | ((uint32_t)(magnitude >> 29) & 0x003FFFFFu);
@@ -116,10 +102,10 @@ static inline uint32_t llmpar__dtype_f64_to_odd(double value)
     return sign | result | ((fraction & (((uint64_t)1 << shift) - 1)) != 0);
 }
 
-LLMPAR_DEF uint16_t llmpar_f32_to_bf16(float value) { return llmpar__dtype_to_bf16(llmpar__dtype_bits(value)); }
-LLMPAR_DEF float llmpar_bf16_to_f32(uint16_t bits) { return llmpar__dtype_float(llmpar__dtype_from_bf16(bits)); }
-LLMPAR_DEF uint16_t llmpar_f32_to_f16(float value) { return llmpar__dtype_to_f16(llmpar__dtype_bits(value)); }
-LLMPAR_DEF float llmpar_f16_to_f32(uint16_t bits) { return llmpar__dtype_float(llmpar__dtype_from_f16(bits)); }
+LLMPAR_DEF uint16_t llmpar_f32_to_bf16(float value) { return llmpar__dtype_to_bf16(llmpar__bits_f32(value)); }
+LLMPAR_DEF float llmpar_bf16_to_f32(uint16_t bits) { return llmpar__from_bits_f32(llmpar__dtype_from_bf16(bits)); }
+LLMPAR_DEF uint16_t llmpar_f32_to_f16(float value) { return llmpar__dtype_to_f16(llmpar__bits_f32(value)); }
+LLMPAR_DEF float llmpar_f16_to_f32(uint16_t bits) { return llmpar__from_bits_f32(llmpar__dtype_from_f16(bits)); }
 
 /* One loop for a pair of types: `expression` turns from[i] into to[i]. */
 #define LLMPAR__DTYPE_LOOP(in_type, out_type, expression) do { \
@@ -141,12 +127,12 @@ LLMPAR_DEF int llmpar_convert(void *out, llmpar_dtype out_dtype, const void *in,
     switch (LLMPAR__DTYPE_PAIR(in_dtype, out_dtype)) {
     case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_F64): LLMPAR__DTYPE_LOOP(float, double, (double)from[i]);
     case LLMPAR__DTYPE_PAIR(LLMPAR_F64, LLMPAR_F32): LLMPAR__DTYPE_LOOP(double, float, (float)from[i]);
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_BF16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_bf16(llmpar__dtype_bits(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_F16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_f16(llmpar__dtype_bits(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__dtype_float(llmpar__dtype_from_bf16(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__dtype_float(llmpar__dtype_from_f16(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__dtype_float(llmpar__dtype_from_bf16(from[i])));
-    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__dtype_float(llmpar__dtype_from_f16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_BF16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_bf16(llmpar__bits_f32(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F32, LLMPAR_F16): LLMPAR__DTYPE_LOOP(float, uint16_t, llmpar__dtype_to_f16(llmpar__bits_f32(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__from_bits_f32(llmpar__dtype_from_bf16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F32): LLMPAR__DTYPE_LOOP(uint16_t, float, llmpar__from_bits_f32(llmpar__dtype_from_f16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__from_bits_f32(llmpar__dtype_from_bf16(from[i])));
+    case LLMPAR__DTYPE_PAIR(LLMPAR_F16, LLMPAR_F64): LLMPAR__DTYPE_LOOP(uint16_t, double, (double)llmpar__from_bits_f32(llmpar__dtype_from_f16(from[i])));
     case LLMPAR__DTYPE_PAIR(LLMPAR_F64, LLMPAR_BF16): LLMPAR__DTYPE_LOOP(double, uint16_t, llmpar__dtype_to_bf16(llmpar__dtype_f64_to_odd(from[i])));
     case LLMPAR__DTYPE_PAIR(LLMPAR_F64, LLMPAR_F16): LLMPAR__DTYPE_LOOP(double, uint16_t, llmpar__dtype_to_f16(llmpar__dtype_f64_to_odd(from[i])));
     case LLMPAR__DTYPE_PAIR(LLMPAR_BF16, LLMPAR_F16): LLMPAR__DTYPE_LOOP(uint16_t, uint16_t, llmpar__dtype_to_f16(llmpar__dtype_from_bf16(from[i])));

@@ -1,4 +1,5 @@
 #include "base/exact_sum.h"
+#include "base/bits_internal.h"
 #include "base/math_internal.h"
 
 #include <string.h>
@@ -28,9 +29,7 @@ static inline void llmpar__exact_place(int64_t *limbs, uint64_t value, int posit
 
 LLMPAR_DEF void llmpar_exact_sum_add(llmpar_exact_sum *sum, double value)
 {
-    uint64_t bits, fraction;
-    memcpy(&bits, &value, sizeof bits);
-    fraction = bits & 0x000FFFFFFFFFFFFFu;
+    uint64_t bits = llmpar__bits_f64(value), fraction = bits & 0x000FFFFFFFFFFFFFu;
     int exponent = (int)(bits >> 52) & 0x7FF;
     int negative = (int)(bits >> 63);
     if (exponent == 0x7FF) {
@@ -63,10 +62,7 @@ static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *valu
     uint64_t bucket[2][256];
     memset(bucket, 0, sizeof bucket);
     for (size_t i = 0; i < count; i++) {
-        uint32_t bits, exponent, fraction;
-        memcpy(&bits, value + i, sizeof bits);
-        exponent = (bits >> 23) & 0xFFu;
-        fraction = (bits & 0x007FFFFFu) | (uint32_t)(exponent != 0) << 23;
+        uint32_t bits = llmpar__bits_f32(value[i]), exponent = (bits >> 23) & 0xFFu, fraction = (bits & 0x007FFFFFu) | (uint32_t)(exponent != 0) << 23;
         if (exponent == 0xFFu) llmpar__exact_square(sum, bits);
         else bucket[i & 1][exponent] += (uint64_t)fraction * fraction;
     }
@@ -88,11 +84,7 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
         value += now;
         count -= now;
     }
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, value + i, sizeof bits);
-        llmpar__exact_square(sum, bits);
-    }
+    for (size_t i = 0; i < count; i++) llmpar__exact_square(sum, llmpar__bits_f32(value[i]));
     llmpar_exact_sum_carry(sum);
 }
 
@@ -117,16 +109,8 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
     double value;
     int top, i, shift, sticky, negative;
 
-    if (special[LLMPAR__EXACT_NAN] || (special[LLMPAR__EXACT_INFINITY] && special[LLMPAR__EXACT_NEGATIVE_INFINITY])) {
-        const uint64_t nan = 0x7FF8000000000000u;
-        memcpy(&value, &nan, sizeof value);
-        return value;
-    }
-    if (special[LLMPAR__EXACT_INFINITY] || special[LLMPAR__EXACT_NEGATIVE_INFINITY]) {
-        const uint64_t infinity = special[LLMPAR__EXACT_INFINITY] ? 0x7FF0000000000000u : 0xFFF0000000000000u;
-        memcpy(&value, &infinity, sizeof value);
-        return value;
-    }
+    if (special[LLMPAR__EXACT_NAN] || (special[LLMPAR__EXACT_INFINITY] && special[LLMPAR__EXACT_NEGATIVE_INFINITY])) return llmpar__from_bits_f64(0x7FF8000000000000u);
+    if (special[LLMPAR__EXACT_INFINITY] || special[LLMPAR__EXACT_NEGATIVE_INFINITY]) return llmpar__from_bits_f64(special[LLMPAR__EXACT_INFINITY] ? 0x7FF0000000000000u : 0xFFF0000000000000u);
 
     llmpar_exact_sum_carry(&digits);
     negative = digits.limb[LLMPAR__EXACT_NUMBER - 1] < 0;
@@ -135,11 +119,7 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
         llmpar_exact_sum_carry(&digits);
     }
     for (top = LLMPAR__EXACT_NUMBER - 1; top > 0 && digits.limb[top] == 0; top--) { }
-    if (digits.limb[top] > 0xFFFFFFFF) { /* only the top limb can: 2^1056 and up */
-        const uint64_t infinity = negative ? 0xFFF0000000000000u : 0x7FF0000000000000u;
-        memcpy(&value, &infinity, sizeof value);
-        return value;
-    }
+    if (digits.limb[top] > 0xFFFFFFFF) return llmpar__from_bits_f64(negative ? 0xFFF0000000000000u : 0x7FF0000000000000u); /* only the top limb can: 2^1056 and up */
     /* 64 bits from the highest bit down, and whether anything lies below */
     uint64_t significand = (uint64_t)digits.limb[top] << 32;
     if (top > 0) significand |= (uint64_t)digits.limb[top - 1];

@@ -1,7 +1,6 @@
 #include "base/math.h"
+#include "base/bits_internal.h"
 #include "base/math_internal.h"
-
-#include <string.h>
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -12,34 +11,6 @@
 /* Polynomial coefficients are Chebyshev fits (near-minimax) made at 200 bits; beside each stands the fit's own error. Comments
    name the reduction, which is the textbook one: Muller, "Elementary Functions", chapters 5, 6 and 11.
    Every scaling is by powers of two made from bits, so nothing depends on tables, on a C library or on fma. */
-
-static inline uint32_t llmpar__math_bits_f32(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float llmpar__math_from_bits_f32(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint64_t llmpar__math_bits_f64(double value)
-{
-    uint64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline double llmpar__math_from_bits_f64(uint64_t bits)
-{
-    double value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 /* condition (0 or 1) ? yes : no on bit patterns, with both computed: gcc keeps a loop scalar where it may turn a choice between
    floats into a branch. */
@@ -52,12 +23,12 @@ static inline uint32_t llmpar__math_select(int condition, uint32_t yes, uint32_t
    the unsigned arithmetic and comes out of the product. */
 LLMPAR_DEF float llmpar_exp_f32(float x)
 {
-    uint32_t bits = llmpar__math_bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
+    uint32_t bits = llmpar__bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
     /* to [-110, 110], which is far enough for 0 and infinity */
-    float clamped = llmpar__math_from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
+    float clamped = llmpar__from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
     float shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
     float n = shifted - 12582912.0f;
-    k = llmpar__math_bits_f32(shifted) - 0x4B400000u;
+    k = llmpar__bits_f32(shifted) - 0x4B400000u;
     float r = clamped - n * 0.693145752f; /* 15 bits of ln 2: the product is exact */
     r = r - n * 1.42860677e-06f;
     float p = 0.00139262135f; /* (e^r - 1 - r) / r^2, relative to e^r within 8e-9 */
@@ -68,36 +39,36 @@ LLMPAR_DEF float llmpar_exp_f32(float x)
     p = 1.0f + (r + r * r * p);
     half = (k >> 1) | (k & 0x80000000u); /* k / 2 in two's complement */
     /* two factors: 2^128 is no float, and a subnormal result is rounded by the last product alone */
-    p = p * llmpar__math_from_bits_f32((half + 127u) << 23);
-    return p * llmpar__math_from_bits_f32((k - half + 127u) << 23);
+    p = p * llmpar__from_bits_f32((half + 127u) << 23);
+    return p * llmpar__from_bits_f32((k - half + 127u) << 23);
 }
 
 /* x = 2^k m, m in [sqrt(1/2), sqrt(2)); with f = m - 1 and s = f / (2 + f), log m = 2 atanh s = f - (f^2/2 - s (f^2/2 + R)). */
 LLMPAR_DEF float llmpar_log_f32(float x)
 {
-    uint32_t bits = llmpar__math_bits_f32(x);
+    uint32_t bits = llmpar__bits_f32(x);
     int tiny = bits < 0x00800000u;
     /* a subnormal is an integer times 2^-149: converted, not multiplied, so that denormals-are-zero cannot touch it */
-    uint32_t normal = llmpar__math_select(tiny, llmpar__math_bits_f32((float)(int32_t)bits), bits);
+    uint32_t normal = llmpar__math_select(tiny, llmpar__bits_f32((float)(int32_t)bits), bits);
     uint32_t moved = normal + (0x3F800000u - 0x3F3504F3u);
     float k = (float)((int32_t)(moved >> 23) - (tiny ? 127 + 149 : 127));
-    float f = llmpar__math_from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+    float f = llmpar__from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
     float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p;
     p = 0.233316145f; /* (2 atanh(s) / s - 2) / z within 2e-11 of the logarithm */
     p = p * z + 0.285507786f;
     p = p * z + 0.400001222f;
     p = p * z + 0.666666666f;
-    uint32_t result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
+    uint32_t result = llmpar__bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
     result = llmpar__math_select(bits >= 0x7F800000u, bits | 0x00400000u, result); /* NaN stays, quiet */
     result = llmpar__math_select(bits == 0x7F800000u, bits, result);
     result = llmpar__math_select(bits > 0x80000000u && bits <= 0xFF800000u, 0x7FC00000u, result);
-    return llmpar__math_from_bits_f32(llmpar__math_select((bits & 0x7FFFFFFFu) == 0, 0xFF800000u, result));
+    return llmpar__from_bits_f32(llmpar__math_select((bits & 0x7FFFFFFFu) == 0, 0xFF800000u, result));
 }
 
 /* e^(high + low), |low| <= 2^-40 |high|; high may be NaN or infinite, low may not. */
 static double llmpar__math_exp_pair(double high, double low)
 {
-    if (!(high < 709.79)) return high >= 709.79 ? llmpar__math_from_bits_f64(0x7FF0000000000000u) : high;
+    if (!(high < 709.79)) return high >= 709.79 ? llmpar__from_bits_f64(0x7FF0000000000000u) : high;
     if (high < -745.2) return 0.0;
     double shifted = high * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52 */
     double n = shifted - 6755399441055744.0;
@@ -117,8 +88,8 @@ static double llmpar__math_exp_pair(double high, double low)
     p = p * r + 0.5;
     p = 1.0 + (r + r * r * p);
     int64_t half = k / 2;
-    p = p * llmpar__math_from_bits_f64((uint64_t)(half + 1023) << 52);
-    return p * llmpar__math_from_bits_f64((uint64_t)(k - half + 1023) << 52);
+    p = p * llmpar__from_bits_f64((uint64_t)(half + 1023) << 52);
+    return p * llmpar__from_bits_f64((uint64_t)(k - half + 1023) << 52);
 }
 
 LLMPAR_DEF double llmpar_exp_f64(double x)
@@ -129,14 +100,14 @@ LLMPAR_DEF double llmpar_exp_f64(double x)
 /* x = 2^k (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), for a positive finite x. Returns k. */
 static int llmpar__math_split(double x, double *f)
 {
-    uint64_t bits = llmpar__math_bits_f64(x), moved;
+    uint64_t bits = llmpar__bits_f64(x), moved;
     int offset = 1023;
     if (bits < 0x0010000000000000u) { /* subnormal: an integer times 2^-1074 */
-        bits = llmpar__math_bits_f64((double)(int64_t)bits);
+        bits = llmpar__bits_f64((double)(int64_t)bits);
         offset += 1074;
     }
     moved = bits + (0x3FF0000000000000u - 0x3FE6A09E667F3BCDu);
-    *f = llmpar__math_from_bits_f64((moved & 0x000FFFFFFFFFFFFFu) + 0x3FE6A09E667F3BCDu) - 1.0;
+    *f = llmpar__from_bits_f64((moved & 0x000FFFFFFFFFFFFFu) + 0x3FE6A09E667F3BCDu) - 1.0;
     return (int)(moved >> 52) - offset;
 }
 
@@ -156,7 +127,7 @@ static double llmpar__math_log_polynomial(double z)
 LLMPAR_DEF double llmpar_log_f64(double x)
 {
     double f, s, z, square, k;
-    if (!(x > 0.0)) return llmpar__math_from_bits_f64(x == 0.0 ? 0xFFF0000000000000u : 0x7FF8000000000000u);
+    if (!(x > 0.0)) return llmpar__from_bits_f64(x == 0.0 ? 0xFFF0000000000000u : 0x7FF8000000000000u);
     if (!llmpar_isfinite_f64(x)) return x;
     k = (double)llmpar__math_split(x, &f);
     s = f / (2.0 + f);
@@ -181,10 +152,10 @@ static void llmpar__math_product(double a, double b, double *high, double *low)
    in the logarithm is an absolute one of at most 2^-51.9 in an exponent of 69. */
 LLMPAR_DEF double llmpar_pow_f64(double base, double exponent)
 {
-    const double infinity = llmpar__math_from_bits_f64(0x7FF0000000000000u);
+    const double infinity = llmpar__from_bits_f64(0x7FF0000000000000u);
     double f, k, total, rest, s, s_low, c, product, product_low, high, low, sum;
     if (exponent == 0.0 || base == 1.0) return 1.0;
-    if (!(base >= 0.0) || exponent != exponent) return llmpar__math_from_bits_f64(0x7FF8000000000000u);
+    if (!(base >= 0.0) || exponent != exponent) return llmpar__from_bits_f64(0x7FF8000000000000u);
     if (base == 0.0 || base == infinity) return (base == 0.0) == (exponent < 0.0) ? infinity : 0.0;
     /* |log base| >= 2^-53, so 2^65 decides as infinity does, and the product below stays in range */
     if (exponent > 36893488147419103232.0) exponent = 36893488147419103232.0;
@@ -214,7 +185,7 @@ LLMPAR_DEF double llmpar_pow_f64(double base, double exponent)
 LLMPAR_DEF void llmpar_sincos_f64(double x, double *sine, double *cosine)
 {
     if (!(x >= -1e9 && x <= 1e9)) {
-        *sine = *cosine = llmpar__math_from_bits_f64(0x7FF8000000000000u);
+        *sine = *cosine = llmpar__from_bits_f64(0x7FF8000000000000u);
         return;
     }
     double shifted = x * 0.63661977236758138 + 6755399441055744.0;
@@ -268,12 +239,12 @@ LLMPAR_DEF float llmpar_sqrt_f32(float x)
 
 LLMPAR_DEF int llmpar_isfinite_f32(float x)
 {
-    return (llmpar__math_bits_f32(x) & 0x7F800000u) != 0x7F800000u;
+    return (llmpar__bits_f32(x) & 0x7F800000u) != 0x7F800000u;
 }
 
 LLMPAR_DEF int llmpar_isfinite_f64(double x)
 {
-    return (llmpar__math_bits_f64(x) & 0x7FF0000000000000u) != 0x7FF0000000000000u;
+    return (llmpar__bits_f64(x) & 0x7FF0000000000000u) != 0x7FF0000000000000u;
 }
 
 LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent)
@@ -281,7 +252,7 @@ LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int s
     uint64_t kept, lost, half;
     if (significand == 0) return 0.0;
     int length = 64 - __builtin_clzll(significand);
-    if (exponent + length > 1024) return llmpar__math_from_bits_f64(0x7FF0000000000000u);
+    if (exponent + length > 1024) return llmpar__from_bits_f64(0x7FF0000000000000u);
     if (exponent + length < -1074) return 0.0; /* below half of the smallest subnormal, 2^-1075 */
     /* the last bit kept has weight 2^-1074 or is the 53rd */
     int drop = length - 53;
@@ -296,6 +267,6 @@ LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int s
         if (lost > half || (lost == half && (sticky || (kept & 1)))) kept++;
     }
     /* kept counts units of 2^(exponent + drop): as bits, the subnormals and normals are one line; a carry moves up by itself */
-    if (kept < 0x0010000000000000u) return llmpar__math_from_bits_f64(kept);
-    return llmpar__math_from_bits_f64(kept + ((uint64_t)(exponent + drop + 1074) << 52));
+    if (kept < 0x0010000000000000u) return llmpar__from_bits_f64(kept);
+    return llmpar__from_bits_f64(kept + ((uint64_t)(exponent + drop + 1074) << 52));
 }

@@ -1,4 +1,5 @@
 /* adalomo: the operations of AdaLomo (device.h). */
+#include "base/bits_internal.h"
 #include "base/exact_sum.h"
 #include "base/math.h"
 #include "cpu/cpu_internal.h"
@@ -9,24 +10,13 @@ static const llmpar__kernel llmpar__adalomo_squares_kernels[4] = LLMPAR__VKERNEL
 static const llmpar__kernel llmpar__adalomo_apply_kernels[4] = LLMPAR__VKERNELS_NARROW(adalomo_apply);
 static const llmpar__kernel llmpar__adalomo_sums_kernels[4] = LLMPAR__VKERNELS(adalomo_sums);
 
-/* 2^e, -1022 <= e <= 1023. */
-static double llmpar__adalomo_power(int32_t e)
-{
-    uint64_t bits = (uint64_t)(e + 1023) << 52;
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 /* The exponent e of factor_sum; 0: the number is too large, or none. */
 static int llmpar__adalomo_exponent(double largest, double grad_scale, llmpar_dtype dtype, int32_t *e)
 {
     double x = dtype == LLMPAR_F64 ? largest * grad_scale : (double)((float)largest * (float)grad_scale);
-    uint64_t bits;
     if (x < 0) x = -x;
-    if (!(x < llmpar__adalomo_power(1000))) return 0;
-    memcpy(&bits, &x, sizeof bits);
-    *e = (int32_t)(bits >> 52) - 1022;
+    if (!(x < llmpar__power_f64(1000))) return 0;
+    *e = (int32_t)(llmpar__bits_f64(x) >> 52) - 1022;
     if (*e < -1000) *e = -1000;
     return 1;
 }
@@ -61,9 +51,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     (void)stream;
     if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
     job.args = args;
-    job.down = llmpar__adalomo_power(args->dtype == LLMPAR_F32 && e < -200 ? 200 : -e); /* nothing but zeros: its square stays finite */
-    job.by_row = llmpar__adalomo_power(args->row_bits);
-    job.by_col = llmpar__adalomo_power(args->col_bits);
+    job.down = llmpar__power_f64(args->dtype == LLMPAR_F32 && e < -200 ? 200 : -e); /* nothing but zeros: its square stays finite */
+    job.by_row = llmpar__power_f64(args->row_bits);
+    job.by_col = llmpar__power_f64(args->col_bits);
     int64_t blocks = llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS), rows = (args->begin + args->count - 1) / args->cols - args->begin / args->cols + 1;
     job.step = llmpar__v_min(LLMPAR__ADALOMO_COLUMNS, llmpar__v_blocks(args->cols, 16 * blocks) * 16);
     job.rows = llmpar__v_blocks(rows, blocks >= 2 * llmpar__pool_threads(cpu) ? 1 : llmpar__pool_threads(cpu));
@@ -95,12 +85,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_moment(llmpar_device *devic
     (void)stream;
     if (status || args->count <= 0) return status;
     double power = 0, unit;
-    if (llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) power = llmpar__adalomo_power(e);
-    else { /* NaN */
-        uint64_t bits = UINT64_C(0x7ff8000000000000);
-        memcpy(&power, &bits, sizeof power);
-    }
-    unit = llmpar__adalomo_power(-args->bits) * power * power / (double)args->terms;
+    if (llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) power = llmpar__power_f64(e);
+    else power = llmpar__from_bits_f64(UINT64_C(0x7ff8000000000000)); /* NaN */
+    unit = llmpar__power_f64(-args->bits) * power * power / (double)args->terms;
     if (args->dtype == LLMPAR_F32) llmpar__adalomo_moments_f32(args, unit);
     else llmpar__adalomo_moments_f64(args, unit);
     return LLMPAR_OK;

@@ -1,6 +1,8 @@
 /* squares: the order-free, exact sum of squares (base/exact_sum.h) that gradient norms and AdaLomo need, as fast as memory gives the numbers. */
 #include "cpu/squares_internal.h"
 
+#include "base/bits_internal.h"
+
 static const llmpar__kernel llmpar__squares_kernels[4] = LLMPAR__SQUARES_KERNELS;
 
 /* A sum of units: exact, although a double holds only 53 of its bits. */
@@ -8,15 +10,6 @@ static void llmpar__squares_deposit(llmpar_exact_sum *sum, int64_t units, double
 {
     llmpar_exact_sum_add(sum, (double)(units >> 32) * (unit * 4294967296.0));
     llmpar_exact_sum_add(sum, (double)(units & 0xFFFFFFFF) * unit);
-}
-
-/* 2^exponent */
-static double llmpar__squares_power(int exponent)
-{
-    uint64_t bits = (uint64_t)(exponent + 1023) << 52;
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__squares_flush(llmpar__squares_window *window, llmpar_exact_sum *sum)
@@ -48,8 +41,8 @@ LLMPAR__PRIVATE_DEF int llmpar__squares_choose(llmpar__squares_window *window, l
         below = window->top - fewest;
         int k = 2 * window->top - 252 + LLMPAR__SQUARES_LOG_ADDITIONS;
         for (int w = 0; w < LLMPAR__SQUARES_WORDS; w++) {
-            window->start[w] = llmpar__squares_power(k) * (w ? 1.5 : 1.0);
-            window->unit[w] = llmpar__squares_power(k - 52);
+            window->start[w] = llmpar__power_f64(k) * (w ? 1.5 : 1.0);
+            window->unit[w] = llmpar__power_f64(k - 52);
             k += LLMPAR__SQUARES_LOG_ADDITIONS - 52;
         }
     }

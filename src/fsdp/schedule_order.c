@@ -109,6 +109,7 @@ static void llmpar__order_compute(const llmpar__order *order, const llmpar_instr
         llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, LLMPAR__ACCESS_WRITE, unit, m);
         if (in->slot >= 0) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_FRESH, unit, 0, in->local, in->slot);
         if (in->from >= 0 && borrow >= 0) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_FRESH, borrow, 1, in->local, in->from);
+        if (unit + 1 == order->unit_count && !in->again) llmpar__order_touch(list, LLMPAR__THING_LOSS, LLMPAR__ACCESS_WRITE, 0);
         return;
     }
     llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, LLMPAR__ACCESS_READ, unit, m);

@@ -1,7 +1,7 @@
 /* unit: what FSDP gathers at once: named tensors and callbacks. FSDP knows units, never a model, so anybody's network is a first-class client.
 
    A step runs the units in order: forward 0..n-1, backward n-1..0. Unit u's output is unit u+1's input; the first unit reads the token ids of the micro-batch, the last one
-   computes the loss. A unit's forward and backward are lists of instructions themselves (compute, tensor-parallel gather, tensor-parallel reduce), so that
+   computes the loss, in forward or backward. A unit's forward and backward are lists of instructions themselves (compute, tensor-parallel gather, tensor-parallel reduce), so that
    tensor-parallel communication is planned, printed and overlapped like the rest. */
 #ifndef LLMPAR_UNIT_H
 #define LLMPAR_UNIT_H

@@ -400,7 +400,7 @@ static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpa
 /* dw[out_dim, in_dim] of parameter p */
 static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
 {
-    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), 0, b->s.dtype, call->workspace, call->workspace_bytes);
 }
 
 /* ---- attention ---- */
@@ -510,7 +510,7 @@ static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
         int64_t width = (i ? s->k : s->h) * s->e;
         void *bias = llmpar__block_grad(&b, call, LLMPAR__BQ + i);
         status = llmpar__block_dw(&b, call, LLMPAR__WQ + i, width, s->d, b.dqkv + at[i], width, b.in);
-        if (!status && bias) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, width, 1, b.dqkv + at[i], width, b.model->one, 0, bias, s->dtype, call->workspace, call->workspace_bytes);
+        if (!status && bias) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, width, 1, b.dqkv + at[i], width, b.model->one, 0, bias, 0, s->dtype, call->workspace, call->workspace_bytes);
     }
     return status;
 }

@@ -128,17 +128,18 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_
    scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part where nothing is scattered or rounded)  leaves[leaves,D]  logits: a part of them where they do not fit
    rstd, max, target, sum, part and leaves are of the sum type.
 
-   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward takes some rows at a time: logits, their maximum over tp, the sum of exp; what stays is three numbers a row. Backward makes logits again, twice: some rows at
-   a time for dx, which is a sum over the vocabulary, and some columns at a time for dW, which is a sum over the rows. So every sum is as whole as ever, in the order of docs/exact.md, whatever the leaves, at 5 products of N*V*D where
-   logits that fit take 3. One pass over rows for both would take 4, but had to read and write all of dW for every part, and to hold log2(leaves) more of it.
-   The maximum over tp between a part's two steps is the one collective that runs on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
+   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward then leaves all to backward, which takes some rows at a time: logits, their maximum over tp, the sum of exp, the loss, dlogits in their place, dx. Of one leaf
+   dW goes on from part to part: 3 products of N*V*D, as many as with whole logits. Of several it would take log2(leaves) more of dW, so logits are made again there, some columns at a time: 4 products. Every sum is as whole as ever, in
+   the order of docs/exact.md. An evaluation, which has no backward, makes its losses in forward.
+   A part's collectives run on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
 
 typedef struct llmpar__head {
     llmpar__shape s;
     const llmpar_llama *model;
     const llmpar_tp *tp;
     int whole;                     /* logits are saved */
-    int64_t rows, columns;         /* else: of a part of them */
+    int once;                      /* else: dW is made with dx, not from columns made again */
+    int64_t rows, columns;         /* of a part of them */
     char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
     const char *in;
     size_t saved, scratch;
@@ -164,13 +165,19 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
     out->rows = llmpar__head_fit(model->logits_bytes, widest * (int64_t)size, s->n);
     out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
     out->whole = out->rows == s->n;
+    out->once = !out->whole && s->leaves == 1 && out->rows >= LLMPAR_TP_PART;
+    if (out->once) { /* parts of like size */
+        int64_t most = out->rows / LLMPAR_TP_PART * LLMPAR_TP_PART, parts = (s->n + most - 1) / most;
+        out->rows = ((s->n + parts - 1) / parts + LLMPAR_TP_PART - 1) / LLMPAR_TP_PART * LLMPAR_TP_PART;
+        out->columns = s->v;
+    }
     size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, s->sum_size), max = llmpar__llama_take(&at, 2 * s->n, s->sum_size), sum = llmpar__llama_take(&at, s->n, s->sum_size);
     logits = out->whole ? llmpar__llama_take(&at, s->n * s->v, size) : 0;
     out->saved = at;
     at = 0;
     size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(out->tp, s->b, s->t, s->d, dtype), 1);
     size_t dh = out->tp->sequence_parallel || llmpar_tp_partial_dtype(out->tp, dtype) != dtype ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
-    if (!out->whole) logits = llmpar__llama_take(&at, out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
+    if (!out->whole) logits = llmpar__llama_take(&at, out->once || out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
     out->scratch = at;
     if (!saved || !scratch) return;
     out->h = (char *)saved + h;
@@ -217,11 +224,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_mi
     out->saved = h.saved;
     out->scratch = h.scratch;
     for (int rest = 0; rest < 2; rest++) { /* parts, and what is left for the last of them */
-        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.whole ? s->v : rest ? s->v % h.columns : h.columns;
+        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.columns == s->v ? s->v : rest ? s->v % h.columns : h.columns, summed = h.once ? rows : s->n;
         llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, rows, s->v, s->d, dtype));
         llmpar__head_most(&out->workspace, llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, rows, s->d, h.model->config.vocab, &operand, 1, dtype));
-        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, s->n, columns, s->d, dtype));
-        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, s->n, s->leaves, columns, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, summed, columns, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, summed, s->leaves, columns, s->d, dtype));
     }
     return LLMPAR_OK;
 }
@@ -270,7 +277,7 @@ static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
 static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
 {
     llmpar__head h = llmpar__head_open(call);
-    if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
+    if (h.whole ? call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) : call->pass == LLMPAR_PASS_FORWARD) return LLMPAR_OK;
     return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
 }
 
@@ -278,71 +285,61 @@ static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const ll
 {
     llmpar_collective c = llmpar__comm_collective(values, values, (size_t)count, h->s.sum, tag);
     c.op = op;
-    return llmpar_all_reduce(h->tp->comm, call->stream, &c);
+    return h->tp->ranks == 1 ? LLMPAR_OK : llmpar_all_reduce(h->tp->comm, call->stream, &c);
 }
 
-static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
+/* A step towards the losses of these rows: 0 logits and their maximum, 1 over tp, 2 sum of exp, 3 over tp, 4 losses. */
+static llmpar_status llmpar__head_step(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int32_t step)
 {
     llmpar_xent_args xent;
-    llmpar__head h = llmpar__head_open(call);
-    llmpar_status status = LLMPAR_OK;
-    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
-        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
-        status = llmpar__head_product(call, &h, row, rows, 0, h.s.v);
-        llmpar__head_xent(call, &h, row, rows, 0, h.s.v, &xent);
-        if (!status) status = call->device->xent_max(call->device, call->stream, &xent);
-        if (h.whole) continue;
-        if (!status && h.tp->ranks > 1) status = llmpar__head_combine(call, &h, "head max of some rows/all_reduce", xent.max, rows, LLMPAR_MAX);
-        if (!status) status = call->device->xent_sum(call->device, call->stream, &xent);
+    llmpar_xent_loss_args loss;
+    llmpar_status status;
+    llmpar__head_xent(call, h, row, rows, 0, h->s.v, &xent);
+    switch (step) {
+    case 0:
+        status = llmpar__head_product(call, h, row, rows, 0, h->s.v);
+        return status ? status : call->device->xent_max(call->device, call->stream, &xent);
+    case 1:
+        status = llmpar__head_combine(call, h, "head max/all_reduce", xent.max, h->whole ? 2 * rows : rows, LLMPAR_MAX);
+        return status || h->whole ? status : llmpar__head_combine(call, h, "head target/all_reduce", xent.target_logit, rows, LLMPAR_MAX);
+    case 2: return call->device->xent_sum(call->device, call->stream, &xent);
+    case 3: return llmpar__head_combine(call, h, "head sum/all_reduce", xent.sum, rows, LLMPAR_SUM);
     }
+    memset(&loss, 0, sizeof loss);
+    loss.rows = rows;
+    loss.max = xent.max;
+    loss.target_logit = xent.target_logit;
+    loss.sum = xent.sum;
+    loss.targets = xent.targets;
+    loss.accumulator = call->micro->loss;
+    loss.token_loss = call->micro->token_loss ? call->micro->token_loss + row : NULL;
+    loss.dtype = h->s.dtype;
+    return call->device->xent_loss(call->device, call->stream, &loss);
+}
+
+static llmpar_status llmpar__head_steps(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t step = 0; step < 5 && !status; step++) status = llmpar__head_step(call, h, row, rows, step);
     return status;
 }
 
-static llmpar_status llmpar__head_max(llmpar_unit_call *call)
+static llmpar_status llmpar__head_forward(llmpar_unit_call *call)
 {
     llmpar__head h = llmpar__head_open(call);
-    return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
-}
-
-static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
-{
-    llmpar_xent_args xent;
-    llmpar__head h = llmpar__head_open(call);
-    if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
-    llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
-    return call->device->xent_sum(call->device, call->stream, &xent);
-}
-
-static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
-{
-    llmpar__head h = llmpar__head_open(call);
-    return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
-}
-
-static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
-{
-    llmpar_xent_loss_args args;
-    llmpar__head h = llmpar__head_open(call);
-    memset(&args, 0, sizeof args);
-    args.rows = h.s.n;
-    args.max = h.max;
-    args.target_logit = h.target;
-    args.sum = h.sum;
-    args.targets = call->micro->targets;
-    args.accumulator = call->micro->loss;
-    args.token_loss = call->micro->token_loss;
-    args.dtype = h.s.dtype;
-    return call->device->xent_loss(call->device, call->stream, &args);
+    llmpar_status status = LLMPAR_OK;
+    if (h.whole) return llmpar__head_step(call, &h, 0, h.s.n, call->index);
+    for (int64_t row = 0; call->pass == LLMPAR_PASS_EVAL && call->index == 0 && row < h.s.n && !status; row += h.rows) status = llmpar__head_steps(call, &h, row, h.s.n - row < h.rows ? h.s.n - row : h.rows);
+    return status;
 }
 
 /* dlogits in place of the logits of these rows and columns. */
 static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
 {
     llmpar_xent_backward_args xent;
-    llmpar_status status = h->whole ? LLMPAR_OK : llmpar__head_product(call, h, row, rows, column, columns);
     llmpar__head_xent(call, h, row, rows, column, columns, &xent.forward);
     xent.scale = call->micro->grad_scale;
-    return status ? status : call->device->xent_backward(call->device, call->stream, &xent);
+    return call->device->xent_backward(call->device, call->stream, &xent);
 }
 
 static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
@@ -351,13 +348,16 @@ static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
     llmpar__head h = llmpar__head_open(call);
     llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
     size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
+    char *grad = h.once ? llmpar__head_grad(call) : NULL;
     llmpar_status status = LLMPAR_OK;
-    if (!h.whole && !llmpar__head_wants_dx(call)) return status;
     for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
         int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
-        status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
+        if (!h.whole) status = llmpar__head_steps(call, &h, row, rows);
+        if (!status) status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
         if (!status && llmpar__head_wants_dx(call))
             status = llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, rows, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part + (size_t)row * line, call->workspace, call->workspace_bytes);
+        if (!status && grad)
+            status = llmpar_tp_weight_gradient(h.tp, call->stream, rows, 1, h.s.v, h.s.d, h.logits, h.s.v, h.in + (size_t)(row * h.s.d) * h.s.size, h.s.d, grad, row > 0, h.s.dtype, call->workspace, call->workspace_bytes);
     }
     return status;
 }
@@ -372,15 +372,15 @@ static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 {
     char *grad = llmpar__head_grad(call);
-    if (!grad) return LLMPAR_OK;
     llmpar__head h = llmpar__head_open(call);
     const llmpar__shape *s = &h.s;
-    if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
+    if (!grad || h.once) return LLMPAR_OK;
     llmpar_status status = LLMPAR_OK;
     for (int64_t column = 0; column < s->v && !status; column += h.columns) {
         int64_t columns = s->v - column < h.columns ? s->v - column : h.columns;
-        status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
-        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, s->dtype, call->workspace, call->workspace_bytes);
+        if (!h.whole) status = llmpar__head_product(call, &h, 0, s->n, column, columns);
+        if (!h.whole && !status) status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
+        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, 0, s->dtype, call->workspace, call->workspace_bytes);
     }
     return status;
 }
@@ -410,11 +410,11 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
     static const llmpar__op_row forward_rows[] = {
         /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
         /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 3 */ {{"logits, max", llmpar__head_forward, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"max", llmpar__head_forward, LLMPAR_TP_REDUCE, {3, 0}, 1, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"sum of exp", llmpar__head_forward, LLMPAR_COMPUTE, {4, 0}, 2, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"sum of exp", llmpar__head_forward, LLMPAR_TP_REDUCE, {5, 0}, 3, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"loss", llmpar__head_forward, LLMPAR_COMPUTE, {6, 0}, 4, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row backward_rows[] = {
         /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},

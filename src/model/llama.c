@@ -194,7 +194,7 @@ static void llmpar__llama_rows(const llmpar_llama *model, const llmpar__op_row *
         if (!here) continue;
         llmpar_unit_op *op = &out->ops[out->count++];
         *op = rows[i].op;
-        op->index = half;
+        op->index += half;
         op->output_only = op->output_only && last;
         for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] == LLMPAR__HALF_BEFORE ? before : op->wait[w] ? place[op->wait[w] - 1] : 0;
         if (rows[i].place & LLMPAR__JOINT) *joint = out->count;

@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "base/bits_internal.h"
 #include "base/math.h"
 
 static const char *const llmpar__lr_names[LLMPAR_LR_COUNT] = {"cosine", "constant", "linear", "wsd", "wsd-sqrt", "one-cycle"};
@@ -82,9 +83,7 @@ LLMPAR_DEF void llmpar_loss_scale_resolve(llmpar_loss_scale *state)
 /* A normal power of two: no bit of the mantissa. */
 static int llmpar__loss_scale_is_power(double x)
 {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x > 0 && llmpar_isfinite_f64(x) && (bits & 0xfffffffffffffu) == 0;
+    return x > 0 && llmpar_isfinite_f64(x) && (llmpar__bits_f64(x) & 0xfffffffffffffu) == 0;
 }
 
 LLMPAR_DEF llmpar_status llmpar_loss_scale_check(const llmpar_loss_scale *state, llmpar_error *error)

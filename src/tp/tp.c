@@ -189,7 +189,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw,
+LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate,
                                                    llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
 {
     llmpar_gemm_args args;
@@ -200,6 +200,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_s
     args.m = out_dim;
     args.n = args.ldc = in_dim;
     args.c = dw;
+    args.accumulate = accumulate;
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     status = tp->ctx->device->gemm(tp->ctx->device, stream, &args);
