@@ -255,7 +255,7 @@ test-aarch64-portable:
 	@tests/need.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu -- tests/need.sh qemu-aarch64 qemu-user -- $(MAKE) --no-print-directory run-ported SUITE='test_gemm test_ops' PORT=aarch64_portable RUNNER=qemu-aarch64
 # The level avx512bf16 on a processor that has AVX-512 but no BF16 units.
 test-bf16:
-	@$(MAKE) --no-print-directory run-bf16 SUITE='$(or $(TEST),test_cpu test_gemm test_interleave test_generate test_half test_half_products test_tp test_model test_launch)'
+	@$(MAKE) --no-print-directory run-bf16 SUITE='$(or $(TEST),test_cpu test_gemm test_interleave test_attention test_generate test_half test_half_products test_tp test_model test_launch)'
 
 # The AVX2 path of the kernels, as valgrind sees it.
 VALGRIND := test_kernels test_elementwise test_half test_ops test_gemm test_interleave test_attention

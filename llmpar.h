@@ -3402,7 +3402,13 @@ LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
 /* A row of so many bytes; the lines that will be read and written soon are asked for, those of the next row behind this one's (elementwise.c). */
 LLMPAR__PRIVATE void llmpar__copy_row(char *out, const char *in, size_t bytes, const char *next_out, const char *next_in);
 
-/* Whether this processor, and the compiler that made this, has vdpbf16ps (gemm_kernel.c). */
+/* Whether the compiler knows vdpbf16ps. A test build may define LLMPAR_BF16_EMULATED: it is replaced by AVX-512 instructions that do the same, but for numbers below the normal ones, which the real one takes and leaves as zeros. */
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10) || defined(LLMPAR_BF16_EMULATED))
+#define LLMPAR__BF16_UNITS 1
+#else
+#define LLMPAR__BF16_UNITS 0
+#endif
+/* Whether this processor has it, too (gemm_kernel.c). */
 LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 /* Slots, each in the file of its name or kind; here those whose arguments have its name and no array. */
 #define LLMPAR__CPU_OPERATIONS(X) \
@@ -3490,6 +3496,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
 #define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
 #define LLMPAR__VHALVES (!LLMPAR__VDOUBLE && (LLMPAR__VLANES > 4 || !LLMPAR__VX86)) /* BF16 beside the own type, else by a call */
+#define LLMPAR__VPAIRS (LLMPAR__BF16_UNITS && LLMPAR__VLANES == 16) /* products of pairs of BF16 */
 #define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
 #define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
 #define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
@@ -4254,7 +4261,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
     return sum;
 }
 #define LLMPAR__THIN_DOT(p, b, sum) llmpar__gemm_thin_avx512_dot(_mm512_set1_ps(*(p)), b, sum)
-#elif (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#elif LLMPAR__BF16_UNITS
 #define LLMPAR__THIN_DOT(p, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(t_) : "v"(b), "m"(*(p))); t_; })
 #endif
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)
@@ -4897,19 +4904,11 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
 
 /* ---- BF16 units ---- */
 
-/* A test build may define LLMPAR_BF16_EMULATED: vdpbf16ps is replaced by AVX-512 instructions that do the same, but for numbers below the normal ones,
-   which the real one takes and leaves as zeros. */
-#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10) || defined(LLMPAR_BF16_EMULATED))
-#define LLMPAR__GEMM_BF16 1
-#else
-#define LLMPAR__GEMM_BF16 0
-#endif
-
 LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void)
 {
-#if LLMPAR__GEMM_BF16 && defined(LLMPAR_BF16_EMULATED)
+#if LLMPAR__BF16_UNITS && defined(LLMPAR_BF16_EMULATED)
     return 1;
-#elif LLMPAR__GEMM_BF16
+#elif LLMPAR__BF16_UNITS
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") != 0;
 #else
@@ -5032,7 +5031,7 @@ static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__
 #endif
 #undef LLMPAR__GEMM_AVX
 
-#if LLMPAR__GEMM_BF16
+#if LLMPAR__BF16_UNITS
 
 #define LLMPAR__GEMM_TWO_PAIRS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p))), _mm_loadu_si128((const __m128i *)(const void *)((p) + 4 * ld)), 1)
 #define LLMPAR__GEMM_STORE_PAIRS(out, i, v) _mm256_storeu_si256((__m256i *)(void *)((out) + (i) * width + r), v)
@@ -5168,7 +5167,7 @@ LLMPAR__GEMM_FUNCTION(avx512_lying_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, 
 LLMPAR__GEMM_FUNCTION(avx512_chains_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, ASK)
 LLMPAR__GEMM_FUNCTION(avx512_lying_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, ASK)
 #undef LLMPAR__GEMM_PRODUCT
-#if LLMPAR__GEMM_BF16
+#if LLMPAR__BF16_UNITS
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
 #define LLMPAR__GEMM_PRODUCT(i, v, s) \
     "vpsrld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm4, %%zmm4\n\t" "vpsrld $16, %%zmm3, %%zmm5\n\t" "vpslld $16, %%zmm5, %%zmm5\n\t" \
@@ -5203,7 +5202,7 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
     llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
     llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
     llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying }, { llmpar__gemm_avx512_chains_asking, llmpar__gemm_avx512_lying_asking } };
-#if LLMPAR__GEMM_BF16
+#if LLMPAR__BF16_UNITS
     llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL }, { NULL } };
     if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
 #endif
@@ -5335,8 +5334,6 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
 }
-
-#undef LLMPAR__GEMM_BF16
 
 #else
 
@@ -6225,6 +6222,7 @@ typedef struct llmpar__attention_job {
     char *workspace;       /* aligned to 64 */
     size_t worker_bytes;   /* of it for each worker */
     int by_task;           /* no more tasks than workers: parts of the workspace go by task */
+    int pairs;             /* scores and dP are products of BF16 as it lies, two elements at a time, as products are at this level; a pair of a row takes the place of an element */
     llmpar__half half, half_dkv; /* of dk and dv */
     int64_t ld_dk, ld_dv;
     llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
@@ -6317,7 +6315,7 @@ static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int
 {
     int64_t tile = LLMPAR__ATTENTION_TILE, block = LLMPAR__ATTENTION_BLOCK, e = llmpar_round_up(a->head_dim, 16), left = block * llmpar_round_up(a->head_dim, tile), t = llmpar_round_up(a->tk, tile), count;
     if (!backward) count = t * e * 2 + block * tile + left + block * e;                      /* keys, values; of a block: scores, q, out */
-    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 3 * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout, dq */
+    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 4 * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout twice, dq */
     return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 
@@ -6360,6 +6358,7 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     job.backward = backward;
     job.workspace = (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u);
     job.worker_bytes = llmpar__attention_worker_bytes(a, backward != NULL);
+    job.pairs = cpu->level == LLMPAR_CPU_AVX512BF16 && a->dtype == LLMPAR_BF16 && a->head_dim % 2 == 0;
     job.half = job.half_dkv = llmpar__half_of(cpu, a->dtype);
     job.ld_dk = job.ld_dv = 0;
     if (backward) {
@@ -29164,6 +29163,16 @@ LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t w
 /* c[rows, columns vectors] = a b over `count` steps, from +0, or (add) from c, or from c times factor[r] where there is one; a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
    Six rows by four vectors take the fewest instructions for a multiply-add, which counts where another thread has half of the core's issue slots.
    Written out, because clang leaves an array of accumulators in memory; rows, columns, a_row and a_step are known where it is inlined. */
+#if LLMPAR__VPAIRS && defined(LLMPAR_BF16_EMULATED) /* first the odd elements, then the even ones, each with one rounding */
+#define LLMPAR__ATTENTION_DOT(a, b, sum) \
+    sum = LLMPAR__V(fma)((LLMPAR__VEC)((LLMPAR__VBITS)a >> 16 << 16), (LLMPAR__VEC)((LLMPAR__VBITS)b >> 16 << 16), sum); \
+    sum = LLMPAR__V(fma)((LLMPAR__VEC)((LLMPAR__VBITS)a << 16), (LLMPAR__VEC)((LLMPAR__VBITS)b << 16), sum)
+#elif LLMPAR__VPAIRS
+#define LLMPAR__ATTENTION_DOT(a, b, sum) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a))
+#else
+#define LLMPAR__ATTENTION_DOT(a, b, sum)
+#endif
+#define LLMPAR__ATTENTION_ADD(a, b, sum) if (pairs) { LLMPAR__ATTENTION_DOT(a, b, sum); } else sum = LLMPAR__V(fma)(a, b, sum)
 #define LLMPAR__ATTENTION_EACH(DO) DO(0) DO(1) DO(2) DO(3) if (rows > 4) { DO(4) DO(5) }
 #define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = LLMPAR__V(load)(c + r * ldc); \
     if (columns > 1) s##r##1 = LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES); \
@@ -29173,26 +29182,32 @@ LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t w
     if (columns > 1) s##r##1 = s##r##1 * x; \
     if (columns > 2) { s##r##2 = s##r##2 * x; s##r##3 = s##r##3 * x; }
 #define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
-    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
-    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
-    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
+    LLMPAR__ATTENTION_ADD(x, y0, s##r##0); \
+    if (columns > 1) { LLMPAR__ATTENTION_ADD(x, y1, s##r##1); } \
+    if (columns > 2) { LLMPAR__ATTENTION_ADD(x, y2, s##r##2); LLMPAR__ATTENTION_ADD(x, y3, s##r##3); }
 #define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
     if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
     if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
-LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int rows, const int columns, const LLMPAR__VREAL *a, const int64_t a_row, const int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add, const LLMPAR__VREAL *factor)
+LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int pairs, const int rows, const int columns, const LLMPAR__VREAL *a, const int64_t a_row, const int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add, const LLMPAR__VREAL *factor)
 {
     const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
+    (void)pairs;
     LLMPAR__VEC x, y0, y1 = zero, y2 = zero, y3 = zero;
     LLMPAR__VEC s00 = zero, s01 = zero, s02 = zero, s03 = zero, s10 = zero, s11 = zero, s12 = zero, s13 = zero, s20 = zero, s21 = zero, s22 = zero, s23 = zero;
     LLMPAR__VEC s30 = zero, s31 = zero, s32 = zero, s33 = zero, s40 = zero, s41 = zero, s42 = zero, s43 = zero, s50 = zero, s51 = zero, s52 = zero, s53 = zero;
     if (add) { LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_BEGIN) }
     if (factor) { LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_SCALE) }
-    LLMPAR__VUNROLL_TWICE
-    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        y0 = LLMPAR__V(load)(b);
-        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
-        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
-        LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_STEP)
+#define LLMPAR__ATTENTION_LOOP \
+    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) { \
+        y0 = LLMPAR__V(load)(b); \
+        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES); \
+        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); } \
+        LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_STEP) \
+    }
+    if (pairs) { LLMPAR__ATTENTION_LOOP }
+    else {
+        LLMPAR__VUNROLL_TWICE
+        LLMPAR__ATTENTION_LOOP
     }
     LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_END)
 }
@@ -29200,11 +29215,13 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int rows, const int colum
 #undef LLMPAR__ATTENTION_BEGIN
 #undef LLMPAR__ATTENTION_SCALE
 #undef LLMPAR__ATTENTION_STEP
+#undef LLMPAR__ATTENTION_DOT
+#undef LLMPAR__ATTENTION_ADD
 #undef LLMPAR__ATTENTION_END
 
 /* A strip: at most 12 rows, which are taken four at a time where they are fewer, width <= 64 rounded up to whole vectors (rows and columns are padded). */
-#define LLMPAR__ATTENTION_TAKE(rows, columns) LLMPAR__VFN(attention_tile)(rows, columns, a + r * a_row, a_row, a_step, b + j, ldb, c + r * ldc + j, ldc, count, add, factor ? factor + r : NULL)
-LLMPAR__VINLINE void LLMPAR__VFN(attention_strip_of)(const int64_t a_row, const int64_t a_step, const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count, int add, const LLMPAR__VREAL *factor)
+#define LLMPAR__ATTENTION_TAKE(rows, columns) LLMPAR__VFN(attention_tile)(pairs, rows, columns, a + r * a_row, a_row, a_step, b + j, ldb, c + r * ldc + j, ldc, count, add, factor ? factor + r : NULL)
+LLMPAR__VINLINE void LLMPAR__VFN(attention_strip_of)(const int pairs, const int64_t a_row, const int64_t a_step, const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count, int add, const LLMPAR__VREAL *factor)
 {
     for (int64_t j = 0, left = llmpar__v_blocks(width, LLMPAR__VLANES), n; left > 0; left -= n, j += n * LLMPAR__VLANES) {
         n = LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -29226,18 +29243,37 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_strip_of)(const int64_t a_row, const 
 #undef LLMPAR__ATTENTION_TAKE
 LLMPAR__VSHARED void LLMPAR__VFN(attention_by_rows)(const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count, int add, const LLMPAR__VREAL *factor)
 {
-    LLMPAR__VFN(attention_strip_of)(LLMPAR__ATTENTION_TILE, 1, a, b, ldb, c, ldc, rows, width, count, add, factor);
+    LLMPAR__VFN(attention_strip_of)(0, LLMPAR__ATTENTION_TILE, 1, a, b, ldb, c, ldc, rows, width, count, add, factor);
 }
 LLMPAR__VSHARED void LLMPAR__VFN(attention_by_columns)(const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count)
 {
-    LLMPAR__VFN(attention_strip_of)(1, LLMPAR__ATTENTION_TILE, a, b, ldb, c, ldc, rows, width, count, 1, NULL);
+    LLMPAR__VFN(attention_strip_of)(0, 1, LLMPAR__ATTENTION_TILE, a, b, ldb, c, ldc, rows, width, count, 1, NULL);
 }
-
-/* p[rows, 64] = left[rows, e] keys[e, 64], rows <= 12, as far as the last of them sees. */
-LLMPAR__VINLINE void LLMPAR__VFN(attention_scores)(const LLMPAR__VREAL *left, const LLMPAR__VREAL *keys, LLMPAR__VREAL *p, int64_t rows, int64_t limit, int64_t e)
+#if LLMPAR__VPAIRS
+LLMPAR__VSHARED void LLMPAR__VFN(attention_by_pairs)(const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count, int add, const LLMPAR__VREAL *factor)
 {
-    for (int64_t j = 0; j < e; j += LLMPAR__ATTENTION_TILE, left += LLMPAR__ATTENTION_BLOCK * LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE)
-        LLMPAR__VFN(attention_by_rows)(left, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, rows, limit, llmpar__v_min(LLMPAR__ATTENTION_TILE, e - j), j > 0, NULL);
+    LLMPAR__VFN(attention_strip_of)(1, LLMPAR__ATTENTION_TILE, 1, a, b, ldb, c, ldc, rows, width, count, add, factor);
+}
+#endif
+
+/* p[rows, 64] = left[rows, e] keys[e, 64] (pairs: e / 2), rows <= 12, as far as the last of them sees. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_scores)(int pairs, const LLMPAR__VREAL *left, const LLMPAR__VREAL *keys, LLMPAR__VREAL *p, int64_t rows, int64_t limit, int64_t e)
+{
+    (void)pairs;
+    for (int64_t j = 0; j < e; j += LLMPAR__ATTENTION_TILE, left += LLMPAR__ATTENTION_BLOCK * LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE) {
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, e - j);
+#if LLMPAR__VPAIRS
+        if (pairs) LLMPAR__VFN(attention_by_pairs)(left, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, rows, limit, count, j > 0, NULL);
+        else
+#endif
+        LLMPAR__VFN(attention_by_rows)(left, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, rows, limit, count, j > 0, NULL);
+    }
+}
+/* A tile's scores of one row, which pairs made without the scale. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_scale)(const llmpar__attention_job *job, LLMPAR__VREAL *score)
+{
+    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)(job->args->scale * LLMPAR__ATTENTION_LOG2E));
+    for (int64_t j = 0; job->pairs && j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(load)(score + j) * factor);
 }
 /* sums[rows, e] (times factor) += p[rows, limit] values[limit, e], values as attention_pack_tiles has them. */
 LLMPAR__VINLINE void LLMPAR__VFN(attention_values)(const LLMPAR__VREAL *p, const LLMPAR__VREAL *values, LLMPAR__VREAL *sums, int64_t ld, int64_t rows, int64_t limit, int64_t e, const LLMPAR__VREAL *factor)
@@ -29305,6 +29341,54 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(const llmpar__half *hal
         }
 }
 
+#if LLMPAR__VPAIRS
+/* Both sides of scores as pairs, rows `step` bytes apart: out[part][block][64] of rows as they lie, part of 64 pairs; out[tile][e / 2][64] of keys, transposed. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pairs_block)(float *out, const char *in, int64_t step, int64_t rows, int64_t pairs)
+{
+    for (int64_t j = 0, n; j < pairs; j += n, out += LLMPAR__ATTENTION_BLOCK * LLMPAR__ATTENTION_TILE) {
+        n = llmpar__v_min(LLMPAR__ATTENTION_TILE, pairs - j);
+        for (int64_t r = 0; r < llmpar_round_up(rows, LLMPAR__ATTENTION_STRIP); r++) {
+            float *row = out + r * LLMPAR__ATTENTION_TILE;
+            for (int64_t i = 0; i < 4 * n; i += 64) __builtin_prefetch(in + (r + 8) * step + 4 * j + i);
+            if (r < rows) memcpy(row, in + r * step + 4 * j, (size_t)n * sizeof *row);
+            else memset(row, 0, (size_t)n * sizeof *row);
+        }
+    }
+}
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pairs_columns)(float *out, const char *in, int64_t step, int64_t keys, int64_t pairs)
+{
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, in += LLMPAR__ATTENTION_TILE * step, out += LLMPAR__ATTENTION_TILE * pairs) {
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, j8 = step % 4 ? 0 : pairs / 8 * 8;
+        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < j8; j += 8) {
+            if (j % 16 == 0) for (int64_t ahead = 8; ahead < 16; ahead++) __builtin_prefetch(in + (k + ahead) * step + 4 * j);
+            LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, (const float *)(const void *)(in + k * step + 4 * j), step / 4);
+        }
+        for (int64_t j = 0; j < pairs; j++) {
+            float *row = out + j * LLMPAR__ATTENTION_TILE;
+            for (int64_t k = j < j8 ? k8 : 0; k < count; k++) memcpy(row + k, in + k * step + 4 * j, sizeof *row);
+            memset(row + count, 0, (size_t)(LLMPAR__ATTENTION_TILE - count) * sizeof *row);
+        }
+    }
+}
+#endif
+/* The left side of scores: rows of base from element `at` on; and the right side. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_pack_left)(const llmpar__attention_job *job, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t rows, int64_t e, double scale)
+{
+#if LLMPAR__VPAIRS
+    if (job->pairs) LLMPAR__VFN(attention_pairs_block)(out, (const char *)base + 2 * at, 2 * ld_in, rows, e / 2);
+    else
+#endif
+    LLMPAR__VFN(attention_pack_block)(&job->half, out, base, at, ld_in, rows, e, (LLMPAR__VREAL)scale);
+}
+LLMPAR__VINLINE void LLMPAR__VFN(attention_pack_right)(const llmpar__attention_job *job, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t keys, int64_t e)
+{
+#if LLMPAR__VPAIRS
+    if (job->pairs) LLMPAR__VFN(attention_pairs_columns)(out, (const char *)base + 2 * at, 2 * ld_in, keys, e / 2);
+    else
+#endif
+    LLMPAR__VFN(attention_pack_columns)(&job->half, out, base, at, ld_in, keys, e);
+}
+
 /* score[j] = x for the keys j of a tile from the first on that a row does not see. */
 LLMPAR__VINLINE void LLMPAR__VFN(attention_hide)(LLMPAR__VREAL *score, int64_t seen, LLMPAR__VEC x)
 {
@@ -29317,31 +29401,32 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_hide)(LLMPAR__VREAL *score, int64_t s
 }
 
 /* Query rows [position, position + rows) of a document, rows <= a block, counted from its start; the first of them is element q_at of q and out_at of out, and lse points at its own.
-   Scores are in units of ln 2: q is packed times scale / ln 2. */
+   Scores are in units of ln 2: q is packed times scale / ln 2, or (pairs) they are multiplied with that. */
 LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar__attention_job *job, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, int64_t q_at, int64_t out_at, LLMPAR__VREAL *lse)
 {
     enum { TILE = LLMPAR__ATTENTION_TILE, BLOCK = LLMPAR__ATTENTION_BLOCK, STRIP = LLMPAR__ATTENTION_STRIP };
     const llmpar_attention_args *a = job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
+    int64_t e = a->head_dim, links = job->pairs ? e / 2 : e, ld = llmpar_round_up(e, 16);
     LLMPAR__VREAL *p = scratch, *block = p + BLOCK * TILE, *sums = block + BLOCK * llmpar_round_up(e, TILE);
     LLMPAR__VREAL top[BLOCK + LLMPAR__VLANES], next[BLOCK + LLMPAR__VLANES], change[BLOCK + LLMPAR__VLANES];
     LLMPAR__VEC weight[BLOCK];
-    LLMPAR__VFN(attention_pack_block)(&job->half, block, a->q, q_at, a->ldq, rows, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
+    LLMPAR__VFN(attention_pack_left)(job, block, a->q, q_at, a->ldq, rows, e, a->scale * LLMPAR__ATTENTION_LOG2E);
     memset(sums, 0, (size_t)(BLOCK * ld) * sizeof *sums);
     for (int64_t r = 0; r < BLOCK; r++) weight[r] = LLMPAR__V(splat)(0);
     for (int64_t r = 0; r < BLOCK + LLMPAR__VLANES; r++) {
         top[r] = least[0];
         next[r] = 0;
     }
-    for (int64_t first = 0; first < position + rows; first += TILE, keys += TILE * e, values += TILE * ld) {
+    for (int64_t first = 0; first < position + rows; first += TILE, keys += TILE * links, values += TILE * ld) {
         int64_t begin = llmpar__v_max(0, first - position) / STRIP * STRIP; /* the strip of the first row that sees a key of this tile */
         for (int64_t r = begin; r < rows; r += STRIP) {
             int64_t end = llmpar__v_min(r + STRIP, rows), limit = llmpar__v_min(TILE, position + end - first);
-            LLMPAR__VFN(attention_scores)(block + r * TILE, keys, p + r * TILE, end - r, limit, e);
+            LLMPAR__VFN(attention_scores)(job->pairs, block + r * TILE, keys, p + r * TILE, end - r, limit, links);
             for (int64_t x = r; x < end; x++) {
                 LLMPAR__VREAL *score = p + x * TILE;
                 LLMPAR__VEC most;
+                LLMPAR__VFN(attention_scale)(job, score);
                 if (position + x + 1 - first < TILE) LLMPAR__VFN(attention_hide)(score, position + x + 1 - first, least);
                 most = LLMPAR__V(load)(score);
                 for (int64_t j = LLMPAR__VLANES; j < TILE; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(load)(score + j));
@@ -29397,7 +29482,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
     LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
         end = llmpar__attention_document(a, b, i, &begin);
-        LLMPAR__VFN(attention_pack_columns)(&job->half, keys, a->k, (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_right)(job, keys, a->k, (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
         LLMPAR__VFN(attention_pack_tiles)(&job->half, values, ld, a->v, (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
             for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_BLOCK) {
@@ -29415,17 +29500,19 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
    Parameters: those of attention.inc. */
 #if LLMPAR__VBUILT && !LLMPAR__VDOUBLE
 
-/* x[blocks of rows][x_k][rows of the block] = q * scale / ln 2 of the rows (head of the group, query) of one KV head, elements x_at and on, as gemm_thin takes it; rows that fill a block up are zero. */
+/* x[blocks of rows][x_k][rows of the block] = q * scale / ln 2 (pairs: q as it lies) of the rows (head of the group, query) of one KV head, elements or pairs x_at and on, as gemm_thin takes it; rows that fill a block up are zero. */
 LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_queries)(const llmpar__attention_job *job, float *x, int64_t x_k, int64_t x_at, float *row, int64_t q_at, int64_t heads, int64_t queries)
 {
     const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, rows = heads * queries, filled = llmpar__gemm_thin_filled(rows);
+    int64_t e = a->head_dim, links = job->pairs ? e / 2 : e, rows = heads * queries, filled = llmpar__gemm_thin_filled(rows);
     for (int64_t r = 0; r < filled; r++) {
         int64_t first = r / 8 * 8, block = llmpar__v_min(8, filled - first);
         float *to = x + first * x_k + x_at * block + (r - first);
-        if (r < rows) LLMPAR__VFN(attention_pack_rows)(&job->half, (LLMPAR__VREAL *)row, 0, a->q, q_at + r % queries * a->ldq + r / queries * e, 0, 1, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
-        else memset(row, 0, (size_t)e * sizeof *row);
-        for (int64_t j = 0; j < e; j++) to[j * block] = row[j];
+        int64_t at = q_at + r % queries * a->ldq + r / queries * e;
+        if (r >= rows) memset(row, 0, (size_t)e * sizeof *row);
+        else if (job->pairs) memcpy(row, (const char *)a->q + 2 * at, (size_t)links * sizeof *row);
+        else LLMPAR__VFN(attention_pack_rows)(&job->half, (LLMPAR__VREAL *)row, 0, a->q, at, 0, 1, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
+        for (int64_t j = 0; j < links; j++) to[j * block] = row[j];
     }
 }
 
@@ -29518,7 +29605,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int3
     const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
     const llmpar_attention_args *a = job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), size = job->half.size, b = task / job->decode_parts, part = task % job->decode_parts, group = a->heads / a->kv_heads, begin, end, ends[ROWS];
+    int64_t e = a->head_dim, links = job->pairs ? e / 2 : e, ld = llmpar_round_up(e, 16), size = job->half.size, b = task / job->decode_parts, part = task % job->decode_parts, group = a->heads / a->kv_heads, begin, end, ends[ROWS];
     int64_t kv = llmpar_piece_begin(part, a->kv_heads, job->decode_parts), heads = llmpar_piece_begin(part + 1, a->kv_heads, job->decode_parts) - kv;
     LLMPAR__VREAL *p = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *sums = p + ROWS * TILE, *x = sums + ROWS * ld, *row = x + ROWS * ld, top[ROWS];
     LLMPAR__VEC weight[ROWS];
@@ -29529,8 +29616,9 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int3
     span.sums = (float *)(row + ld);
     span.ends = ends;
     span.parts = (int32_t)heads;
-    span.kind = llmpar__gemm_thin_kind(a->dtype);
-    span.k = span.x_k = heads * e;
+    span.kind = job->pairs ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(a->dtype);
+    span.k = heads * e;
+    span.x_k = heads * links;
     span.ld = a->ldk * size;
     span.tiles = 1;
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
@@ -29538,7 +29626,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int3
         int64_t queries = end - i, rows = group * queries, q_row = b * a->tq + i - (a->tk - a->tq), keys = end - begin, k_at = (b * a->tk_stride + begin) * a->ldk + kv * e, v_at = (b * a->tk_stride + begin) * a->ldv + kv * e;
         span.rows = llmpar__gemm_thin_filled(rows);
         span.part_step = span.rows * LLMPAR__THIN_COLUMNS;
-        for (int64_t h = 0; h < heads; h++) LLMPAR__VFN(attention_decode_queries)(job, (float *)x, span.x_k, h * e, (float *)row, q_row * a->ldq + (kv + h) * group * e, group, queries);
+        for (int64_t h = 0; h < heads; h++) LLMPAR__VFN(attention_decode_queries)(job, (float *)x, span.x_k, h * links, (float *)row, q_row * a->ldq + (kv + h) * group * e, group, queries);
         memset(sums, 0, (size_t)(heads * rows * ld) * sizeof *sums);
         for (int64_t r = 0; r < heads * rows; r++) {
             top[r] = least[0];
@@ -29552,6 +29640,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int3
                 LLMPAR__VREAL *score = p + r * TILE, now;
                 LLMPAR__VEC most, shift, sum, change;
                 int64_t seen = i + r % queries + 1 - begin - first, j;
+                LLMPAR__VFN(attention_scale)(job, score);
                 if (seen < TILE) LLMPAR__VFN(attention_hide)(score, seen, least);
                 most = LLMPAR__V(load)(score);
                 for (j = LLMPAR__VLANES; j < TILE; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(load)(score + j));
@@ -29614,11 +29703,12 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_block_backward)(const LLMPAR__VFN(att
     const llmpar_attention_args *a = s->job->args;
     const llmpar__half *half = &s->job->half;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0), log2e = LLMPAR__V(splat)((LLMPAR__VREAL)LLMPAR__ATTENTION_LOG2E);
-    int64_t e = a->head_dim, ld = s->ld, packed = BLOCK * llmpar_round_up(e, TILE), row0 = s->b * a->tq + s->begin + position;
-    LLMPAR__VREAL *p = s->block, *ds = p + BLOCK * TILE, *q_left = ds + BLOCK * TILE, *q = q_left + packed, *dout = q + packed, *dq = dout + packed;
+    int64_t e = a->head_dim, links = s->job->pairs ? e / 2 : e, ld = s->ld, packed = BLOCK * llmpar_round_up(e, TILE), row0 = s->b * a->tq + s->begin + position;
+    LLMPAR__VREAL *p = s->block, *ds = p + BLOCK * TILE, *q_left = ds + BLOCK * TILE, *q = q_left + packed, *dout = q + packed, *dout_left = s->job->pairs ? dout + packed : dout, *dq = dout + 2 * packed;
     const LLMPAR__VREAL *lse = (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin + position;
     LLMPAR__VREAL d[BLOCK];
-    LLMPAR__VFN(attention_pack_block)(half, q_left, a->q, row0 * a->ldq + h * e, a->ldq, rows, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
+    LLMPAR__VFN(attention_pack_left)(s->job, q_left, a->q, row0 * a->ldq + h * e, a->ldq, rows, e, a->scale * LLMPAR__ATTENTION_LOG2E);
+    if (s->job->pairs) LLMPAR__VFN(attention_pack_left)(s->job, dout_left, s->job->backward->dout, row0 * a->ldo + h * e, a->ldo, rows, e, 1);
     LLMPAR__VFN(attention_pack_block)(half, q, a->q, row0 * a->ldq + h * e, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
     LLMPAR__VFN(attention_pack_block)(half, dout, s->job->backward->dout, row0 * a->ldo + h * e, a->ldo, rows, e, 1);
     for (int64_t r = 0; r < rows; r++) {
@@ -29629,16 +29719,17 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_block_backward)(const LLMPAR__VFN(att
     }
     memset(dq, 0, (size_t)(BLOCK * ld) * sizeof *dq);
     for (int64_t first = 0; first < position + rows; first += TILE, dk += TILE * ld, dv += TILE * ld) {
-        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *key_rows = s->rows + first * ld;
+        const LLMPAR__VREAL *keys = s->keys + first * links, *values = s->values + first * links, *key_rows = s->rows + first * ld;
         int64_t key_count = llmpar__v_min(TILE, position + rows - first), begin = llmpar__v_max(0, first - position) / STRIP * STRIP;
         for (int64_t r = begin; r < rows; r += STRIP) {
             int64_t end = llmpar__v_min(r + STRIP, rows), limit = llmpar__v_min(TILE, position + end - first);
-            LLMPAR__VFN(attention_scores)(q_left + r * TILE, keys, p + r * TILE, end - r, limit, e);
-            LLMPAR__VFN(attention_scores)(dout + r * TILE, values, ds + r * TILE, end - r, limit, e);
+            LLMPAR__VFN(attention_scores)(s->job->pairs, q_left + r * TILE, keys, p + r * TILE, end - r, limit, links);
+            LLMPAR__VFN(attention_scores)(s->job->pairs, dout_left + r * TILE, values, ds + r * TILE, end - r, limit, links);
             for (int64_t x = r; x < end; x++) {
                 LLMPAR__VREAL *score = p + x * TILE, *slope = ds + x * TILE;
                 LLMPAR__VEC shift = LLMPAR__V(splat)(lse[x]) * log2e, mean = LLMPAR__V(splat)(d[x]);
                 int64_t seen = position + x + 1 - first;
+                LLMPAR__VFN(attention_scale)(s->job, score);
                 if (seen < TILE) LLMPAR__VFN(attention_hide)(score, seen, least);
                 for (int64_t j = 0; j < TILE; j += 4 * LLMPAR__VLANES) {
                     LLMPAR__VEC y[4];
@@ -29707,8 +29798,8 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, in
         s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
         row = s.b * a->tk + s.begin;
         LLMPAR__VFN(attention_pack_tiles)(&job->half, s.rows, s.ld, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_columns)(&job->half, s.keys, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_columns)(&job->half, s.values, a->v, row * a->ldv + s.kv * e, a->ldv, s.n, e);
+        LLMPAR__VFN(attention_pack_right)(job, s.keys, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_right)(job, s.values, a->v, row * a->ldv + s.kv * e, a->ldv, s.n, e);
         LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
         LLMPAR__VFN(attention_unpack)(&job->half_dkv, s.slots, s.ld, job->backward->dk, row * job->ld_dk + s.kv * e, job->ld_dk, s.n, e, 1);
         LLMPAR__VFN(attention_unpack)(&job->half_dkv, s.slots + s.slot_size, s.ld, job->backward->dv, row * job->ld_dv + s.kv * e, job->ld_dv, s.n, e, 1);

@@ -86,6 +86,7 @@ static inline void *ops_put(llmpar_dtype dtype, const void *values, int64_t rows
         for (int64_t j = 0; j < width; j++) {
             if (dtype == LLMPAR_F64) ((double *)b->base)[r * ld + j] = ((const double *)values)[r * width + j];
             else if (dtype == LLMPAR_F32) ((float *)b->base)[r * ld + j] = (float)((const double *)values)[r * width + j];
+            else if (dtype == LLMPAR_BF16) llmpar_convert((char *)b->base + (size_t)(r * ld + j) * b->size, dtype, (const double *)values + r * width + j, LLMPAR_F64, 1);
             else memcpy((char *)b->base + (size_t)(r * ld + j) * b->size, (const char *)values + (size_t)(r * width + j) * b->size, b->size);
         }
     return b->base;
@@ -95,7 +96,9 @@ static inline void *ops_out(llmpar_dtype dtype, int64_t n) { return ops_put(dtyp
 static inline void ops_get(llmpar_dtype dtype, double *out, const void *base, int64_t rows, int64_t width, int64_t ld)
 {
     for (int64_t r = 0; out && r < rows; r++)
-        for (int64_t j = 0; j < width; j++) out[r * width + j] = dtype == LLMPAR_F64 ? ((const double *)base)[r * ld + j] : (double)((const float *)base)[r * ld + j];
+        for (int64_t j = 0; j < width; j++)
+            if (dtype == LLMPAR_BF16) llmpar_convert(out + r * width + j, LLMPAR_F64, (const char *)base + (size_t)(r * ld + j) * 2, dtype, 1);
+            else out[r * width + j] = dtype == LLMPAR_F64 ? ((const double *)base)[r * ld + j] : (double)((const float *)base)[r * ld + j];
 }
 static inline void ops_take(llmpar_dtype dtype, double *out, const void *base, int64_t n) { ops_get(dtype, out, base, 1, n, n); }
 /* Checks the poison around every buffer and frees them all. Call after each operation. */

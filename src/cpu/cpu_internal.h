@@ -56,7 +56,13 @@ LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
 /* A row of so many bytes; the lines that will be read and written soon are asked for, those of the next row behind this one's (elementwise.c). */
 LLMPAR__PRIVATE void llmpar__copy_row(char *out, const char *in, size_t bytes, const char *next_out, const char *next_in);
 
-/* Whether this processor, and the compiler that made this, has vdpbf16ps (gemm_kernel.c). */
+/* Whether the compiler knows vdpbf16ps. A test build may define LLMPAR_BF16_EMULATED: it is replaced by AVX-512 instructions that do the same, but for numbers below the normal ones, which the real one takes and leaves as zeros. */
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10) || defined(LLMPAR_BF16_EMULATED))
+#define LLMPAR__BF16_UNITS 1
+#else
+#define LLMPAR__BF16_UNITS 0
+#endif
+/* Whether this processor has it, too (gemm_kernel.c). */
 LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 /* Slots, each in the file of its name or kind; here those whose arguments have its name and no array. */
 #define LLMPAR__CPU_OPERATIONS(X) \

@@ -14,19 +14,11 @@
 
 /* ---- BF16 units ---- */
 
-/* A test build may define LLMPAR_BF16_EMULATED: vdpbf16ps is replaced by AVX-512 instructions that do the same, but for numbers below the normal ones,
-   which the real one takes and leaves as zeros. */
-#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10) || defined(LLMPAR_BF16_EMULATED))
-#define LLMPAR__GEMM_BF16 1
-#else
-#define LLMPAR__GEMM_BF16 0
-#endif
-
 LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void)
 {
-#if LLMPAR__GEMM_BF16 && defined(LLMPAR_BF16_EMULATED)
+#if LLMPAR__BF16_UNITS && defined(LLMPAR_BF16_EMULATED)
     return 1;
-#elif LLMPAR__GEMM_BF16
+#elif LLMPAR__BF16_UNITS
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") != 0;
 #else
@@ -149,7 +141,7 @@ static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__
 #endif
 #undef LLMPAR__GEMM_AVX
 
-#if LLMPAR__GEMM_BF16
+#if LLMPAR__BF16_UNITS
 
 #define LLMPAR__GEMM_TWO_PAIRS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p))), _mm_loadu_si128((const __m128i *)(const void *)((p) + 4 * ld)), 1)
 #define LLMPAR__GEMM_STORE_PAIRS(out, i, v) _mm256_storeu_si256((__m256i *)(void *)((out) + (i) * width + r), v)
@@ -285,7 +277,7 @@ LLMPAR__GEMM_FUNCTION(avx512_lying_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, 
 LLMPAR__GEMM_FUNCTION(avx512_chains_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, ASK)
 LLMPAR__GEMM_FUNCTION(avx512_lying_asking, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, ASK)
 #undef LLMPAR__GEMM_PRODUCT
-#if LLMPAR__GEMM_BF16
+#if LLMPAR__BF16_UNITS
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
 #define LLMPAR__GEMM_PRODUCT(i, v, s) \
     "vpsrld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm4, %%zmm4\n\t" "vpsrld $16, %%zmm3, %%zmm5\n\t" "vpslld $16, %%zmm5, %%zmm5\n\t" \
@@ -320,7 +312,7 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
     llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
     llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL }, { NULL } };
     llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying }, { llmpar__gemm_avx512_chains_asking, llmpar__gemm_avx512_lying_asking } };
-#if LLMPAR__GEMM_BF16
+#if LLMPAR__BF16_UNITS
     llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL }, { NULL } };
     if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
 #endif
@@ -452,8 +444,6 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
 }
-
-#undef LLMPAR__GEMM_BF16
 
 #else
 

@@ -160,7 +160,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
     return sum;
 }
 #define LLMPAR__THIN_DOT(p, b, sum) llmpar__gemm_thin_avx512_dot(_mm512_set1_ps(*(p)), b, sum)
-#elif (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#elif LLMPAR__BF16_UNITS
 #define LLMPAR__THIN_DOT(p, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(t_) : "v"(b), "m"(*(p))); t_; })
 #endif
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)

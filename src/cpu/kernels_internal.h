@@ -40,6 +40,7 @@ typedef struct llmpar__attention_job {
     char *workspace;       /* aligned to 64 */
     size_t worker_bytes;   /* of it for each worker */
     int by_task;           /* no more tasks than workers: parts of the workspace go by task */
+    int pairs;             /* scores and dP are products of BF16 as it lies, two elements at a time, as products are at this level; a pair of a row takes the place of an element */
     llmpar__half half, half_dkv; /* of dk and dv */
     int64_t ld_dk, ld_dv;
     llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */

@@ -40,6 +40,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
 #define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
 #define LLMPAR__VHALVES (!LLMPAR__VDOUBLE && (LLMPAR__VLANES > 4 || !LLMPAR__VX86)) /* BF16 beside the own type, else by a call */
+#define LLMPAR__VPAIRS (LLMPAR__BF16_UNITS && LLMPAR__VLANES == 16) /* products of pairs of BF16 */
 #define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
 #define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
 #define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
