@@ -1077,7 +1077,7 @@ LLMPAR_API void llmpar_arena_reset_peaks(llmpar_arena *arena);
 /* cpu: the CPU device. Portable kernels are the readable specification (also in f64); faster levels are chosen at run time. */
 
 typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3,
-    LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
+    LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 (attention: with BF16) take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
 
 /* Best level of this processor. Local, thread-safe. */
 LLMPAR_API llmpar_cpu_level llmpar_cpu_best_level(void);
@@ -29215,6 +29215,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int pairs, const int rows
 #undef LLMPAR__ATTENTION_BEGIN
 #undef LLMPAR__ATTENTION_SCALE
 #undef LLMPAR__ATTENTION_STEP
+#undef LLMPAR__ATTENTION_LOOP
 #undef LLMPAR__ATTENTION_DOT
 #undef LLMPAR__ATTENTION_ADD
 #undef LLMPAR__ATTENTION_END
@@ -29318,75 +29319,66 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_tiles)(const llmpar__half *half,
         }
 }
 
-/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros; in as above. What is to be widened goes by 64 columns at a time. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(const llmpar__half *half, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t keys, int64_t e)
+/* out[tile][n][64] = transposed tiles of in[keys, n], rows `step` bytes apart, the last one padded with zeros. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_turn)(LLMPAR__VREAL *out, const char *in, int64_t step, int64_t keys, int64_t n)
 {
-    enum { WIDTH = 64 };
-    float scratch[(int)LLMPAR__ATTENTION_TILE * (int)WIDTH];
-    int64_t part = half->widen ? (int64_t)WIDTH : e;
-    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE)
-        for (int64_t e0 = 0; e0 < e; e0 += part, out += llmpar__v_min(part, e - (e0 - part)) * LLMPAR__ATTENTION_TILE) {
-            const LLMPAR__VREAL *from = (const LLMPAR__VREAL *)llmpar__half_read(half, base, at + key * ld_in + e0, 0, scratch);
-            int64_t width = llmpar__v_min(part, e - e0), count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), ld = half->widen ? (int64_t)WIDTH : ld_in, k8 = count / 8 * 8, e8 = width / 8 * 8;
-            for (int64_t k = 0; half->widen && k < count; k++) llmpar__half_read(half, base, at + (key + k) * ld_in + e0, width, scratch + k * WIDTH);
-            for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) {
-                if (j % 16 == 0) for (int64_t ahead = 8; ahead < 16; ahead++) __builtin_prefetch(from + (k + ahead) * ld + j);
-                LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld + j, ld);
-            }
-            for (int64_t j = 0; j < width; j++) {
-                LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-                for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld + j];
-                for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
-            }
+    enum { TILE = LLMPAR__ATTENTION_TILE, SIZE = sizeof *out };
+    for (int64_t key = 0; key < keys; key += TILE, in += TILE * step, out += TILE * n) {
+        int64_t count = llmpar__v_min(TILE, keys - key), k8 = count / 8 * 8, n8 = step % SIZE ? 0 : n / 8 * 8;
+        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < n8; j += 8) {
+            if (j % 16 == 0) for (int64_t ahead = 8; ahead < 16; ahead++) __builtin_prefetch(in + (k + ahead) * step + j * SIZE);
+            LLMPAR__V(transpose)(out + j * TILE + k, TILE, (const LLMPAR__VREAL *)(const void *)(in + k * step + j * SIZE), step / SIZE);
         }
+        for (int64_t j = 0; j < n; j++) {
+            LLMPAR__VREAL *row = out + j * TILE;
+            for (int64_t k = j < n8 ? k8 : 0; k < count; k++) memcpy(row + k, in + k * step + j * SIZE, SIZE);
+            memset(row + count, 0, (size_t)(TILE - count) * SIZE);
+        }
+    }
 }
-
-#if LLMPAR__VPAIRS
-/* Both sides of scores as pairs, rows `step` bytes apart: out[part][block][64] of rows as they lie, part of 64 pairs; out[tile][e / 2][64] of keys, transposed. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pairs_block)(float *out, const char *in, int64_t step, int64_t rows, int64_t pairs)
+/* The same of rows of base from element `at` on, which are widened 64 columns at a time if they have to be; of pairs as they lie. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(const llmpar__attention_job *job, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t keys, int64_t e)
 {
-    for (int64_t j = 0, n; j < pairs; j += n, out += LLMPAR__ATTENTION_BLOCK * LLMPAR__ATTENTION_TILE) {
+    enum { TILE = LLMPAR__ATTENTION_TILE, WIDTH = 64 };
+    const llmpar__half *half = &job->half;
+    const char *in = (const char *)base + at * half->size;
+    LLMPAR__VREAL scratch[(int)TILE * (int)WIDTH];
+    if (job->pairs || !half->widen) {
+        LLMPAR__VFN(attention_turn)(out, in, ld_in * half->size, keys, job->pairs ? e / 2 : e);
+        return;
+    }
+    for (int64_t key = 0, count; key < keys; key += count) {
+        count = llmpar__v_min(TILE, keys - key);
+        for (int64_t j = 0, width; j < e; j += width, out += width * TILE) {
+            width = llmpar__v_min(WIDTH, e - j);
+            for (int64_t k = 0; k < count; k++) llmpar__half_read(half, base, at + (key + k) * ld_in + j, width, (float *)(void *)(scratch + k * WIDTH));
+            LLMPAR__VFN(attention_turn)(out, (const char *)scratch, WIDTH * sizeof *scratch, count, width);
+        }
+    }
+}
+#if LLMPAR__VPAIRS
+/* out[part][block][64] of rows of pairs as they lie, `step` bytes apart, a part being 64 pairs; padded with zeros to a whole strip. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_pairs)(float *out, const char *in, int64_t step, int64_t rows, int64_t pairs)
+{
+    for (int64_t j = 0, n; j < pairs; j += n, in += 4 * n, out += LLMPAR__ATTENTION_BLOCK * LLMPAR__ATTENTION_TILE) {
         n = llmpar__v_min(LLMPAR__ATTENTION_TILE, pairs - j);
         for (int64_t r = 0; r < llmpar_round_up(rows, LLMPAR__ATTENTION_STRIP); r++) {
             float *row = out + r * LLMPAR__ATTENTION_TILE;
-            for (int64_t i = 0; i < 4 * n; i += 64) __builtin_prefetch(in + (r + 8) * step + 4 * j + i);
-            if (r < rows) memcpy(row, in + r * step + 4 * j, (size_t)n * sizeof *row);
+            for (int64_t i = 0; i < 4 * n; i += 64) __builtin_prefetch(in + (r + 8) * step + i);
+            if (r < rows) memcpy(row, in + r * step, (size_t)n * sizeof *row);
             else memset(row, 0, (size_t)n * sizeof *row);
         }
     }
 }
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pairs_columns)(float *out, const char *in, int64_t step, int64_t keys, int64_t pairs)
-{
-    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, in += LLMPAR__ATTENTION_TILE * step, out += LLMPAR__ATTENTION_TILE * pairs) {
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, j8 = step % 4 ? 0 : pairs / 8 * 8;
-        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < j8; j += 8) {
-            if (j % 16 == 0) for (int64_t ahead = 8; ahead < 16; ahead++) __builtin_prefetch(in + (k + ahead) * step + 4 * j);
-            LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, (const float *)(const void *)(in + k * step + 4 * j), step / 4);
-        }
-        for (int64_t j = 0; j < pairs; j++) {
-            float *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = j < j8 ? k8 : 0; k < count; k++) memcpy(row + k, in + k * step + 4 * j, sizeof *row);
-            memset(row + count, 0, (size_t)(LLMPAR__ATTENTION_TILE - count) * sizeof *row);
-        }
-    }
-}
 #endif
-/* The left side of scores: rows of base from element `at` on; and the right side. */
+/* The left side of scores: rows of base from element `at` on. */
 LLMPAR__VINLINE void LLMPAR__VFN(attention_pack_left)(const llmpar__attention_job *job, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t rows, int64_t e, double scale)
 {
 #if LLMPAR__VPAIRS
-    if (job->pairs) LLMPAR__VFN(attention_pairs_block)(out, (const char *)base + 2 * at, 2 * ld_in, rows, e / 2);
+    if (job->pairs) LLMPAR__VFN(attention_pack_pairs)(out, (const char *)base + 2 * at, 2 * ld_in, rows, e / 2);
     else
 #endif
     LLMPAR__VFN(attention_pack_block)(&job->half, out, base, at, ld_in, rows, e, (LLMPAR__VREAL)scale);
-}
-LLMPAR__VINLINE void LLMPAR__VFN(attention_pack_right)(const llmpar__attention_job *job, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t keys, int64_t e)
-{
-#if LLMPAR__VPAIRS
-    if (job->pairs) LLMPAR__VFN(attention_pairs_columns)(out, (const char *)base + 2 * at, 2 * ld_in, keys, e / 2);
-    else
-#endif
-    LLMPAR__VFN(attention_pack_columns)(&job->half, out, base, at, ld_in, keys, e);
 }
 
 /* score[j] = x for the keys j of a tile from the first on that a row does not see. */
@@ -29482,7 +29474,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
     LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
         end = llmpar__attention_document(a, b, i, &begin);
-        LLMPAR__VFN(attention_pack_right)(job, keys, a->k, (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_columns)(job, keys, a->k, (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
         LLMPAR__VFN(attention_pack_tiles)(&job->half, values, ld, a->v, (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
             for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_BLOCK) {
@@ -29798,8 +29790,8 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, in
         s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
         row = s.b * a->tk + s.begin;
         LLMPAR__VFN(attention_pack_tiles)(&job->half, s.rows, s.ld, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_right)(job, s.keys, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_right)(job, s.values, a->v, row * a->ldv + s.kv * e, a->ldv, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(job, s.keys, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(job, s.values, a->v, row * a->ldv + s.kv * e, a->ldv, s.n, e);
         LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
         LLMPAR__VFN(attention_unpack)(&job->half_dkv, s.slots, s.ld, job->backward->dk, row * job->ld_dk + s.kv * e, job->ld_dk, s.n, e, 1);
         LLMPAR__VFN(attention_unpack)(&job->half_dkv, s.slots + s.slot_size, s.ld, job->backward->dv, row * job->ld_dv + s.kv * e, job->ld_dv, s.n, e, 1);

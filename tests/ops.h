@@ -54,7 +54,7 @@ static inline int ops_ways(ops_way ways[4])
     int n = 0;
     ways[n].level = LLMPAR_CPU_PORTABLE;
     ways[n++].dtype = LLMPAR_F64;
-    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level() && level <= (int)LLMPAR_CPU_AVX512; level++) { /* what is above differs in products alone */
+    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level() && level <= (int)LLMPAR_CPU_AVX512; level++) { /* what is above differs in products of BF16 alone */
         ways[n].level = (llmpar_cpu_level)level;
         ways[n++].dtype = LLMPAR_F32;
     }

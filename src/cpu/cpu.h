@@ -6,7 +6,7 @@
 #include "tables/device.h"
 
 typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3,
-    LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
+    LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 (attention: with BF16) take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
 
 /* Best level of this processor. Local, thread-safe. */
 LLMPAR_API llmpar_cpu_level llmpar_cpu_best_level(void);
