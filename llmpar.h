@@ -6315,7 +6315,7 @@ static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int
 {
     int64_t tile = LLMPAR__ATTENTION_TILE, block = LLMPAR__ATTENTION_BLOCK, e = llmpar_round_up(a->head_dim, 16), left = block * llmpar_round_up(a->head_dim, tile), t = llmpar_round_up(a->tk, tile), count;
     if (!backward) count = t * e * 2 + block * tile + left + block * e;                      /* keys, values; of a block: scores, q, out */
-    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 4 * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout twice, dq */
+    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + (a->dtype == LLMPAR_BF16 ? 4 : 3) * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout (BF16: twice), dq */
     return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 
@@ -29696,7 +29696,7 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_block_backward)(const LLMPAR__VFN(att
     const llmpar__half *half = &s->job->half;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0), log2e = LLMPAR__V(splat)((LLMPAR__VREAL)LLMPAR__ATTENTION_LOG2E);
     int64_t e = a->head_dim, links = s->job->pairs ? e / 2 : e, ld = s->ld, packed = BLOCK * llmpar_round_up(e, TILE), row0 = s->b * a->tq + s->begin + position;
-    LLMPAR__VREAL *p = s->block, *ds = p + BLOCK * TILE, *q_left = ds + BLOCK * TILE, *q = q_left + packed, *dout = q + packed, *dout_left = s->job->pairs ? dout + packed : dout, *dq = dout + 2 * packed;
+    LLMPAR__VREAL *p = s->block, *ds = p + BLOCK * TILE, *q_left = ds + BLOCK * TILE, *q = q_left + packed, *dout = q + packed, *dout_left = s->job->pairs ? dout + packed : dout, *dq = dout_left + packed;
     const LLMPAR__VREAL *lse = (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin + position;
     LLMPAR__VREAL d[BLOCK];
     LLMPAR__VFN(attention_pack_left)(s->job, q_left, a->q, row0 * a->ldq + h * e, a->ldq, rows, e, a->scale * LLMPAR__ATTENTION_LOG2E);

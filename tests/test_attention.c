@@ -345,6 +345,30 @@ TEST(odd_groups)
     }
 }
 
+/* Where the processor has units for BF16, a score is the product of the odd elements of q and k, then of the even ones, pair by pair, then times the scale, whether few rows are asked for or many. A document of one
+   key has it as its lse. */
+TEST(scores_of_pairs)
+{
+    static const int64_t dims[5] = { 2, 6, 64, 96, 130 };
+    for (int d = 0; d < 5 && llmpar_cpu_best_level() == LLMPAR_CPU_AVX512BF16; d++) for (int64_t t = 1; t <= 33; t += 32) {
+        const int64_t e = dims[d];
+        const float scale = (float)(1 / sqrt((double)e) * 1.4426950408889634);
+        problem p = problem_make(3, t, t, t, 4, 2, e);
+        p.doc = (int32_t *)malloc((size_t)(3 * t) * sizeof *p.doc);
+        for (int64_t i = 0; i < 3 * t; i++) p.doc[i] = (int32_t)(i % t);
+        forward(&p, ops_device(LLMPAR_CPU_AVX512BF16, 2), LLMPAR_BF16, 1);
+        for (int64_t i = 0; i < 3 * t; i++) for (int64_t h = 0; h < 4; h++) {
+            const double *q = p.q + (i * 4 + h) * e, *k = p.k + (i * 2 + h / 2) * e;
+            float score = 0;
+            for (int64_t j = 0; j < e; j += 2) score = fmaf((float)q[j], (float)k[j], fmaf((float)q[j + 1], (float)k[j + 1], score));
+            score *= scale;
+            score *= 0.6931471805599453f;
+            CHECK(p.lse[(i / t * 4 + h) * t + i % t] == (double)score);
+        }
+        problem_free(&p);
+    }
+}
+
 /* Query rows in calls of 1, 2, 7 and 64 rows on a growing cache give the rows of one call, whether a task has all KV heads or one. */
 TEST(decoding_has_the_same_bits)
 {
@@ -412,4 +436,4 @@ TEST(refusals)
 
 TEST(devices_close) { ops_close(); }
 
-TEST_LIST(T_(forward_is_softmax), T_(backward_is_derivative), T_(backward_levels_and_threads), T_(parts_have_the_same_bits), T_(odd_groups), T_(decoding_has_the_same_bits), T_(fewer_need_no_more), T_(refusals), T_(devices_close))
+TEST_LIST(T_(forward_is_softmax), T_(backward_is_derivative), T_(backward_levels_and_threads), T_(parts_have_the_same_bits), T_(odd_groups), T_(scores_of_pairs), T_(decoding_has_the_same_bits), T_(fewer_need_no_more), T_(refusals), T_(devices_close))

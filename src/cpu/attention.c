@@ -46,7 +46,7 @@ static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int
 {
     int64_t tile = LLMPAR__ATTENTION_TILE, block = LLMPAR__ATTENTION_BLOCK, e = llmpar_round_up(a->head_dim, 16), left = block * llmpar_round_up(a->head_dim, tile), t = llmpar_round_up(a->tk, tile), count;
     if (!backward) count = t * e * 2 + block * tile + left + block * e;                      /* keys, values; of a block: scores, q, out */
-    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 4 * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout twice, dq */
+    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + (a->dtype == LLMPAR_BF16 ? 4 : 3) * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout (BF16: twice), dq */
     return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 
