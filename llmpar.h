@@ -1371,7 +1371,7 @@ LLMPAR_API llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *s
 LLMPAR_API size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype);
 
 /* Weight gradient dw[out_dim, in_dim] (of the sum type) = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp.
-   accumulate: dw's one chain goes on with these rows (leaves 1). Cut into parts of a multiple of LLMPAR_TP_PART rows, the last one of any, it has the bits of one call: no device adds more in one go. */
+   accumulate: dw's one chain goes on with these rows (leaves 1). Cut into parts of a multiple of LLMPAR_TP_PART rows, the last one of any, it has the bits of one call: no device that keeps the order of sums adds more in one go. */
 #define LLMPAR_TP_PART 64
 LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype);
@@ -1485,7 +1485,7 @@ typedef struct llmpar_unit {
 
 /* GATHER u            whole parameters of unit u from the shards (all-gather over dp_shard); where parameters are whole at rest (ZeRO-1, 2): in place, after the update and with its predicate
    FREE u              the gathered parameters, or gradient buffer `slot` where slot >= 0; slot -1 and what PARAMS: the fetched shard, unchanged. A shard buffer (local 0) is freed only in the first of two passes, after its NORM
-   FORWARD u m         unit u on micro-batch m; pass FORWARD or EVAL; again: the second forward of a step in two passes, whose loss does not count. EVAL: nothing is kept, and the input is released: every unit of a forward-only list,
+   FORWARD u m         unit u on micro-batch m; pass FORWARD or EVAL; again: the second forward or backward of a step in two passes, whose loss does not count. EVAL: nothing is kept, and the input is released: every unit of a forward-only list,
                        and the units without a BACKWARD. A unit with recompute FULL keeps no saved activations, only its input
    RECOMPUTE u m       forward of a unit that kept only its input, into saved activations; pass RECOMPUTE
    BACKWARD u m        its gradients into buffer `slot` (-1: frozen), and for a borrowed unit into buffer `from` of that unit's use 1 (-1: that unit is frozen). `local`: local buffers, else the buffers that are reduced in place.
@@ -1968,7 +1968,7 @@ typedef struct llmpar_llama_desc {
     const llmpar_llama_config *config;  /* copied */
     uint64_t seed;                      /* initialisation; default 0 */
     int32_t wrap;                       /* what FSDP gathers at once: 1 .. 8 blocks a unit (default 1), or LLMPAR_WRAP_HALF: attention and MLP are units of their own. Same bits */
-    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 256 MiB. More are computed in parts, in backward, of several leaves twice: same bits */
+    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 256 MiB. More are computed in parts, in backward; of several leaves, or where fewer than 64 rows fit, twice: same bits */
 } llmpar_llama_desc;
 
 /* The units exist from here on: embed, layers.0 .. (wrap: layers.0.attention, layers.0.mlp .., layers.0-3 ..), head. Collective only in that all ranks give the same desc. */
@@ -23710,6 +23710,7 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
     out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
     out->whole = out->rows == s->n;
     out->once = !out->whole && s->leaves == 1 && out->rows >= LLMPAR_TP_PART;
+    if (out->whole) out->columns = s->v;
     if (out->once) { /* parts of like size */
         int64_t most = out->rows / LLMPAR_TP_PART * LLMPAR_TP_PART, parts = (s->n + most - 1) / most;
         out->rows = ((s->n + parts - 1) / parts + LLMPAR_TP_PART - 1) / LLMPAR_TP_PART * LLMPAR_TP_PART;

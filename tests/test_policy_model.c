@@ -558,6 +558,16 @@ TEST(parts_of_one_leaf)
                 j.frozen = 0;
             }
             free(whole.gradient);
+            j.tp = 1; /* one token: logits are whole, whatever is allowed */
+            j.sequence_parallel = 0;
+            j.t = 1;
+            j.logits_bytes = 0;
+            run(&j, &whole);
+            j.logits_bytes = 400;
+            run(&j, &parts);
+            check_same(&j, &parts, &whole, "one token");
+            free(parts.gradient);
+            free(whole.gradient);
         }
 }
 

@@ -7,7 +7,7 @@
 
 /* GATHER u            whole parameters of unit u from the shards (all-gather over dp_shard); where parameters are whole at rest (ZeRO-1, 2): in place, after the update and with its predicate
    FREE u              the gathered parameters, or gradient buffer `slot` where slot >= 0; slot -1 and what PARAMS: the fetched shard, unchanged. A shard buffer (local 0) is freed only in the first of two passes, after its NORM
-   FORWARD u m         unit u on micro-batch m; pass FORWARD or EVAL; again: the second forward of a step in two passes, whose loss does not count. EVAL: nothing is kept, and the input is released: every unit of a forward-only list,
+   FORWARD u m         unit u on micro-batch m; pass FORWARD or EVAL; again: the second forward or backward of a step in two passes, whose loss does not count. EVAL: nothing is kept, and the input is released: every unit of a forward-only list,
                        and the units without a BACKWARD. A unit with recompute FULL keeps no saved activations, only its input
    RECOMPUTE u m       forward of a unit that kept only its input, into saved activations; pass RECOMPUTE
    BACKWARD u m        its gradients into buffer `slot` (-1: frozen), and for a borrowed unit into buffer `from` of that unit's use 1 (-1: that unit is frozen). `local`: local buffers, else the buffers that are reduced in place.

@@ -166,6 +166,7 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
     out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
     out->whole = out->rows == s->n;
     out->once = !out->whole && s->leaves == 1 && out->rows >= LLMPAR_TP_PART;
+    if (out->whole) out->columns = s->v;
     if (out->once) { /* parts of like size */
         int64_t most = out->rows / LLMPAR_TP_PART * LLMPAR_TP_PART, parts = (s->n + most - 1) / most;
         out->rows = ((s->n + parts - 1) / parts + LLMPAR_TP_PART - 1) / LLMPAR_TP_PART * LLMPAR_TP_PART;

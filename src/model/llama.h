@@ -20,7 +20,7 @@ typedef struct llmpar_llama_desc {
     const llmpar_llama_config *config;  /* copied */
     uint64_t seed;                      /* initialisation; default 0 */
     int32_t wrap;                       /* what FSDP gathers at once: 1 .. 8 blocks a unit (default 1), or LLMPAR_WRAP_HALF: attention and MLP are units of their own. Same bits */
-    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 256 MiB. More are computed in parts, in backward, of several leaves twice: same bits */
+    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 256 MiB. More are computed in parts, in backward; of several leaves, or where fewer than 64 rows fit, twice: same bits */
 } llmpar_llama_desc;
 
 /* The units exist from here on: embed, layers.0 .. (wrap: layers.0.attention, layers.0.mlp .., layers.0-3 ..), head. Collective only in that all ranks give the same desc. */
