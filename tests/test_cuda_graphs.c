@@ -101,6 +101,14 @@ static void four_open(four *f, double *x[3])
     f->y = ops_zeros(N);
 }
 
+static void four_close(four *f, double *x[3])
+{
+    for (int i = 0; i < 3; i++) free(x[i]);
+    free(f->x);
+    free(f->y);
+    cuda_done();
+}
+
 static void four_check(four *f, const char *what, const double *a, const double *b, const double *c, double factor)
 {
     for (int i = 0; i < N; i++) f->y[i] = factor * (a[i] + b[i] + c[i]) * c[0];
@@ -170,7 +178,8 @@ TEST(replays)
     llmpar_cuda_graph_counts now;
     llmpar_cuda_graphs(cuda_gpu, &now);
     CHECK_INT(now.kept, 0);
-    cuda_done();
+    free(other);
+    four_close(&f, x);
 }
 
 static int called;
@@ -250,7 +259,7 @@ TEST(ends_early)
     CUDA_OK(enqueue(&f, stream, 3.0));
     cuda_gpu->stream_destroy(cuda_gpu, stream);
     four_check(&f, "left open", x[0], x[1], x[2], 3.0);
-    cuda_done();
+    four_close(&f, x);
 }
 
 /* More keys than places: the oldest go, the results stay. */
@@ -339,7 +348,7 @@ static void failing(int how, int at)
     for (int i = 0; i < 3; i++) region(&f, stream, 1, 2.0);
     four_check(&f, "afterwards", x[0], x[1], x[2], 2.0);
     cuda_gpu->stream_destroy(cuda_gpu, stream);
-    cuda_done();
+    four_close(&f, x);
 }
 
 TEST(fails)
