@@ -4119,7 +4119,7 @@ enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_AHEAD = 1024 /* bytes of a row */ }
 #define LLMPAR__THIN_FETCH(p) __builtin_prefetch(p, 0, 2) /* into L2: L1 has too few places for lines on their way from memory, and rows a power of two apart share few of its sets */
 #define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
 #define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
-enum { LLMPAR__THIN_PARTS = 16, LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of its processor */
+enum { LLMPAR__THIN_PARTS = 16 };
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
@@ -4341,6 +4341,14 @@ static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, 
 
 /* ---- tasks ---- */
 
+/* The tiles of a thread: `apart` units of `group` tiles that are `apart` tiles from each other, so that each unit goes on with the streams of the one before; behind them single tiles. The thread takes
+   units from the front, and who has none left takes others' from the back: so all end at the same time, also where somebody else has half of a processor. */
+typedef struct llmpar__gemm_thin_range {
+    int64_t begin, apart, units;
+    uint64_t taken; /* atomic: from the front, and 2^32 times as many from the back */
+    char line[32]; /* of 64 bytes: threads write to theirs */
+} llmpar__gemm_thin_range;
+
 typedef struct llmpar__gemm_thin_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_thin_level level;
@@ -4348,7 +4356,8 @@ typedef struct llmpar__gemm_thin_run {
     int64_t links, tiles;             /* of all segments together; of columns */
     int32_t group;                    /* interleaved tiles that go together */
     int32_t rows, levels, kind;       /* rows: with those that fill up the last block of 8; levels: partial sums that wait at any time */
-    int32_t shares, threads;          /* shares: tasks */
+    int32_t threads;
+    llmpar__gemm_thin_range *ranges;  /* [threads] */
     int32_t parts;                    /* pieces that lie side by side and are read in one go; 0: each segment has a span of its own */
     int64_t ends[LLMPAR__THIN_PARTS]; /* of the parts, in elements; behind the last: all of them */
     float *x, *sums;                  /* sums: [threads][slots][group][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
@@ -4404,7 +4413,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
     int64_t chains;
     llmpar__gemm_thin_prepare(&run, cpu, args);
     chains = run.group * run.rows > run.level.most ? run.group * run.rows : run.level.most; /* as fewer rows may have */
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * chains * LLMPAR__THIN_COLUMNS) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * chains * LLMPAR__THIN_COLUMNS) + (size_t)llmpar__pool_threads(cpu) * sizeof(llmpar__gemm_thin_range) + 63;
 }
 
 /* x[links][rows of a block] of every block of 8 rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
@@ -4493,9 +4502,6 @@ static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, c
     return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + k * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
 }
 
-/* First tile of task `share`. */
-static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
-
 /* sums = c[rows, columns], from element c_at of args->c on */
 static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, int64_t c_at, int64_t columns, float *sums)
 {
@@ -4549,61 +4555,62 @@ static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar_
     }
 }
 
+static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_range *range, int64_t unit, int32_t worker)
+{
+    const llmpar_gemm_args *args = run->args;
+    int64_t apart = range->apart, tile = range->begin + unit + (unit < apart ? 0 : apart * (run->group - 1));
+    int32_t tiles = unit < apart ? run->group : 1, piece, depth = 0, done, t;
+    int64_t size = tiles * run->rows * LLMPAR__THIN_COLUMNS, tile_size = size / tiles, i, x = 0, out_size = run->half_out.narrow ? 2 : 4;
+    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size, *stack = all + (run->parts ? run->parts : 1) * size;
+    llmpar__gemm_thin_place at, next;
+    int more;
+    memset(&at, 0, sizeof at);
+    at.tile = tile;
+    more = llmpar__gemm_thin_next(run, &at);
+    for (t = 0; t < tiles; t++) /* lines that are written last: else each store waits for its own */
+        for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * out_size, 1, 2);
+    for (piece = 0; piece < args->pieces; piece++) {
+        float *sums = all + (run->parts ? piece * size : 0);
+        if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
+        for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (tile + t * apart) * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
+        while (more && args->segments[at.segment].piece == piece) {
+            llmpar__gemm_thin_place then;
+            next = at;
+            more = llmpar__gemm_thin_next(run, &next);
+            then = next;
+            if (!more) { /* the next unit's first */
+                memset(&then, 0, sizeof then);
+                then.tile = unit + 1 < range->units ? tile + 1 : tile;
+                llmpar__gemm_thin_next(run, &then);
+            }
+            llmpar__gemm_thin_run_span(run, at, tiles, apart, x, sums, &then);
+            x += llmpar__gemm_thin_links(run, at.k);
+            at = next;
+        }
+        /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+        for (done = piece + 1; depth > 0 && (done % 2 == 0 || piece == args->pieces - 1); done /= 2) {
+            depth--;
+            for (i = 0; i < size; i++) sums[i] = stack[depth * size + i] + sums[i];
+        }
+        if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
+    }
+    for (t = 0; t < tiles; t++) {
+        at.tile = tile + t * apart;
+        llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, at.tile * run->level.columns, llmpar__gemm_thin_columns(run, &at));
+    }
+}
+
 static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
-    const llmpar_gemm_args *args = run->args;
-    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), whole = args->n / run->level.columns < end ? args->n / run->level.columns : end, tile, follows;
-    int64_t apart = whole > begin ? (whole - begin) / run->group : 0; /* tiles that go together are so far from each other that each group goes on with the streams of the one before */
-    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i, out_size = run->half_out.narrow ? 2 : 4;
-    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size;
-    llmpar__gemm_thin_place at, next;
-    int32_t tiles, t;
-    memset(&at, 0, sizeof at);
-    if (run->group == 1) apart = 0;
-    for (tile = begin; tile < end; tile = follows) {
-        int64_t x = 0, size;
-        int32_t piece = 0, depth = 0, done;
-        int more;
-        float *stack;
-        tiles = tile < begin + apart ? run->group : 1;
-        follows = tile + 1 == begin + apart ? begin + apart * run->group : tile + 1;
-        size = tiles * tile_size;
-        stack = all + (run->parts ? run->parts : 1) * size;
-        at.tile = tile;
-        at.segment = 0;
-        at.begin = at.k = 0;
-        more = llmpar__gemm_thin_next(run, &at);
-        for (t = 0; t < tiles; t++) /* lines that are written last: else each store waits for its own */
-            for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * out_size, 1, 2);
-        for (piece = 0; piece < args->pieces; piece++) {
-            float *sums = all + (run->parts ? piece * size : 0);
-            if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
-            for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (tile + t * apart) * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
-            while (more && args->segments[at.segment].piece == piece) {
-                llmpar__gemm_thin_place then;
-                next = at;
-                more = llmpar__gemm_thin_next(run, &next);
-                then = next;
-                if (!more) { /* the next tile's first, or the next task's: where the others are as fast, that of so many tasks on is this thread's */
-                    memset(&then, 0, sizeof then);
-                    then.tile = follows < end ? follows : task + run->threads < run->shares ? llmpar__gemm_thin_begin(run, task + run->threads) : tile;
-                    llmpar__gemm_thin_next(run, &then);
-                }
-                llmpar__gemm_thin_run_span(run, at, tiles, apart, x, sums, &then);
-                x += llmpar__gemm_thin_links(run, at.k);
-                at = next;
-            }
-            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
-            for (done = piece + 1; depth > 0 && (done % 2 == 0 || piece == args->pieces - 1); done /= 2) {
-                depth--;
-                for (i = 0; i < size; i++) sums[i] = stack[depth * size + i] + sums[i];
-            }
-            if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
-        }
-        for (t = 0; t < tiles; t++) {
-            at.tile = tile + t * apart;
-            llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, at.tile * run->level.columns, llmpar__gemm_thin_columns(run, &at));
+    int32_t r;
+    for (r = 0; r < run->threads; r++) { /* its own first */
+        llmpar__gemm_thin_range *range = &run->ranges[(task + r) % run->threads];
+        for (;;) {
+            uint64_t taken = __atomic_fetch_add(&range->taken, r ? (uint64_t)1 << 32 : (uint64_t)1, __ATOMIC_RELAXED);
+            int64_t front = (int64_t)(taken & 0xffffffffu), back = (int64_t)(taken >> 32);
+            if (front + back >= range->units) break;
+            llmpar__gemm_thin_unit(run, range, r ? range->units - 1 - back : front, worker);
         }
     }
 }
@@ -4612,22 +4619,26 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 {
     llmpar__gemm_thin_run run;
     char *at = (char *)args->workspace;
-    int32_t threads = llmpar__pool_threads(cpu), s;
-    int64_t shares;
+    int32_t s;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    shares = run.tiles;
     for (s = 0; s < args->segment_count && !args->segments[s].interleaved; s++) { }
     if (s == args->segment_count) run.group = 1;
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
-    run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
-    run.threads = threads;
-    if (run.group > 1) shares = run.tiles / (threads * 4 * run.group) * threads; /* of four groups or more: long streams */
-    shares = shares > LLMPAR__THIN_SHARES * threads ? LLMPAR__THIN_SHARES * threads : shares < threads && run.group > 1 ? threads : shares;
-    run.shares = threads == 1 ? 1 : (int32_t)shares;
-    if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
+    at += llmpar__gemm_thin_round(run.links * run.rows);
+    run.threads = (double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL ? 1 : llmpar__pool_threads(cpu);
+    run.ranges = (llmpar__gemm_thin_range *)(void *)at;
+    run.sums = (float *)(void *)(run.ranges + run.threads);
+    for (s = 0; s < run.threads; s++) {
+        llmpar__gemm_thin_range *range = &run.ranges[s];
+        int64_t end = llmpar_piece_begin(s + 1, run.tiles, run.threads), whole = args->n / run.level.columns < end ? args->n / run.level.columns : end;
+        memset(range, 0, sizeof *range);
+        range->begin = llmpar_piece_begin(s, run.tiles, run.threads);
+        if (run.group > 1 && whole > range->begin) range->apart = (whole - range->begin) / run.group;
+        range->units = end - range->begin - range->apart * (run.group - 1);
+    }
     llmpar__gemm_thin_pack(&run);
-    llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
+    llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.threads);
 }
 
 #undef LLMPAR__THIN_VECTOR
