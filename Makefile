@@ -325,7 +325,7 @@ build/emulated_memory/memory_kernels: tests/emulated_cuda/memory_kernels.c build
 check-cuda-memory:
 	@tests/need.sh $(GXX) g++ -- $(MAKE) --no-print-directory run-check-cuda-memory
 run-check-cuda-memory: build/emulated_memory/test_memory build/emulated_memory/memory_kernels
-	@build/emulated_memory/test_memory && tests/emulated_cuda/memory.sh build/emulated_memory/memory_kernels
+	@build/emulated_memory/test_memory && build/emulated_memory/memory_kernels
 
 test-cuda:
 	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-emulated $(if $(TEST),,run-gpu-small)

@@ -83,8 +83,7 @@ template <typename Type, int E> static __device__ __forceinline__ void llmpar__c
             int x = 8 * n + 2 * (lane & 3);
             float low = __fadd_rn(__fmul_rn(sum[n][2 * r], factor), 0.0f), high = __fadd_rn(__fmul_rn(sum[n][2 * r + 1], factor), 0.0f);
             if (heads) {
-                llmpar__cuda_pair_of_floats two = { { low, high } };
-                *(llmpar__cuda_pair_of_floats *)(void *)(heads + (row * a.heads + h) * E + x) = two;
+                llmpar__cu_store_8(heads + (row * a.heads + h) * E + x, __float_as_uint(low), __float_as_uint(high));
             } else if (a.dkv_float) {
                 float *to = (float *)out + row * ld + (int64_t)kv * E + x;
                 to[0] = low;
@@ -236,13 +235,26 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     }
 }
 
-template <typename T, int Width> static __device__ __forceinline__ void llmpar__cuda_attention_tree_store(T *out, const float *sum)
+/* Width sums, 1 or 4, rounded. */
+template <int Width, typename Half> static __device__ __forceinline__ void llmpar__cuda_attention_tree_store(Half *out, const float *sum)
 {
-    llmpar__cuda_four<T> four;
+    uint32_t word[2] = { 0, 0 };
 #pragma unroll
-    for (int k = 0; k < Width; k++) llmpar__cuda_store(&four.x[k], sum[k]);
-    if (Width == 4) *(llmpar__cuda_four<T> *)(void *)out = four;
-    else *out = four.x[0];
+    for (int k = 0; k < Width; k++) {
+        Half x;
+        llmpar__cuda_store(&x, sum[k]);
+        word[k / 2] |= (uint32_t)x.bits << 16 * (k % 2);
+    }
+    if (Width == 4) llmpar__cu_store_8(out, word[0], word[1]);
+    else out->bits = (uint16_t)word[0];
+}
+template <int Width> static __device__ __forceinline__ void llmpar__cuda_attention_tree_store(float *out, const float *sum)
+{
+    uint32_t word[4];
+#pragma unroll
+    for (int k = 0; k < Width; k++) word[k] = __float_as_uint(sum[k]);
+    if (Width == 4) llmpar__cu_store_16(out, word);
+    else *out = sum[0];
 }
 
 /* out[token, kv, :] = tree over the group's heads: groups of `odd` heads, cut at the largest power of two below, and 2^n of these cut in halves. Both are the binary tree over places of which those behind the
@@ -280,9 +292,9 @@ template <int Width> static __global__ void llmpar__cuda_attention_tree(llmpar__
                     }
                 }
             }
-        if (a.dkv_float) llmpar__cuda_attention_tree_store<float, Width>((float *)out + to, sum);
-        else if (a.dtype == LLMPAR_BF16) llmpar__cuda_attention_tree_store<llmpar__cuda_bf16, Width>((llmpar__cuda_bf16 *)out + to, sum);
-        else llmpar__cuda_attention_tree_store<llmpar__cuda_f16, Width>((llmpar__cuda_f16 *)out + to, sum);
+        if (a.dkv_float) llmpar__cuda_attention_tree_store<Width>((float *)out + to, sum);
+        else if (a.dtype == LLMPAR_BF16) llmpar__cuda_attention_tree_store<Width>((llmpar__cuda_bf16 *)out + to, sum);
+        else llmpar__cuda_attention_tree_store<Width>((llmpar__cuda_f16 *)out + to, sum);
     }
 }
 

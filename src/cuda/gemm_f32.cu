@@ -63,7 +63,7 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_f32
                     if (Load) sum[8 * i + 4 * h + e] = __uint_as_float(four.word[e]);
                     else four.word[e] = __float_as_uint(sum[8 * i + 4 * h + e]);
                 }
-                if (!Load) *(llmpar__cuda_16 *)(void *)c = four;
+                if (!Load) llmpar__cu_store_16(c, four.word);
                 continue;
             }
 #pragma unroll

@@ -124,7 +124,7 @@ template <int F16> static __device__ __forceinline__ void llmpar__cuda_gemm_half
                     else out.word[e | bit] = taken;
                 }
             if (row + 8 * i >= job.m) continue;
-            if (job.aligned && column + 8 * b + 8 <= job.n) *(llmpar__cuda_16 *)(void *)(c + 8 * b) = out;
+            if (job.aligned && column + 8 * b + 8 <= job.n) llmpar__cu_store_16(c + 8 * b, out.word);
             else {
 #pragma unroll
                 for (int e = 0; e < 8; e++)
@@ -147,10 +147,9 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_hal
             int at = 32 * (i >> 1) + 4 * b + 2 * (i & 1);
             if (row + 8 * i >= job.m || column + 8 * b >= job.n) continue;
             if (job.aligned && column + 8 * b + 1 < job.n) {
-                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
-                if (!Load) *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
+                if (!Load) llmpar__cu_store_8(c + 8 * b, __float_as_uint(sum[at]), __float_as_uint(sum[at + 1]));
                 else {
-                    pair = *(const llmpar__cuda_pair_of_floats *)(const void *)(c + 8 * b);
+                    llmpar__cuda_pair_of_floats pair = *(const llmpar__cuda_pair_of_floats *)(const void *)(c + 8 * b);
                     sum[at] = pair.x[0];
                     sum[at + 1] = pair.x[1];
                 }

@@ -6,7 +6,7 @@
      shared memory                           32 banks of 4 bytes. Lanes come all at once with 4 bytes each, in halves with 8, in quarters with 16 (so does ldmatrix: eight rows of 16 bytes a quarter); of these each takes as
                                              many turns as the busiest bank has different words. The fewest: one each
    The rest is the lanes' own: stack, arguments, constants.
-   At the program's end the counts go to the file that EMULATED_CUDA_COUNTS names, a line for each place in the code of each kernel; memory.sh makes the table. */
+   emulated_cuda_write writes the counts to a file, a line for each place in the code of each kernel; memory.sh makes the table. */
 #include "memory.h"
 #include "warp.h"
 
@@ -34,7 +34,7 @@ struct Range { uintptr_t begin, end; bool known; };
 typedef std::map<Place, Count> Counts;
 
 std::mutex lock;
-std::map<const void *, Counts> *all; /* by kernel; kept, since threads may outlive main */
+std::map<const void *, Counts> *all; /* by kernel */
 
 struct Counter {
     std::vector<std::vector<Touch> > lanes;
@@ -193,29 +193,27 @@ void matrix(const void *pc, const void *row) { touch(pc, (uintptr_t)row, 16, MAT
 
 const emulated_cuda_watch watch = {begin, met, end, copied, matrix};
 
-void write_counts()
+} // namespace
+
+extern "C" int emulated_cuda_write(const char *path)
 {
-    const char *name = getenv("EMULATED_CUDA_COUNTS");
     std::unique_lock<std::mutex> hold(lock);
-    FILE *file = name && name[0] ? fopen(name, "w") : NULL;
-    if (!file) return;
+    FILE *file = fopen(path, "w");
+    if (!file) return 0;
     for (const std::pair<const void *const, Counts> &kernel : *all)
         for (const Counts::value_type &one : kernel.second) /* the call is the instruction before */
             fprintf(file, "%p %p %s %s %llu %llu %llu %llu %llu\n", kernel.first, (const void *)((const char *)one.first.pc - 1), one.first.shared ? "shared" : "global", kind_names[one.first.kind], (unsigned long long)one.second.accesses, (unsigned long long)one.second.lanes,
                     (unsigned long long)one.second.bytes, (unsigned long long)one.second.spent, (unsigned long long)one.second.fewest);
-    fclose(file);
+    return fclose(file) == 0;
 }
 
-int start()
+static int start()
 {
     all = new std::map<const void *, Counts>();
     emulated_cuda_watching = &watch;
-    atexit(write_counts);
     return 1;
 }
-const int started = start();
-
-} // namespace
+static const int started = start();
 
 extern "C" {
 

@@ -1,17 +1,15 @@
 #!/bin/bash
-# How the CUDA device's kernels use memory: tests/emulated_cuda/memory.sh PROGRAM [--places]. Runs PROGRAM, which counts (memory.cc); `make check-cuda-memory` builds memory_kernels and runs it here. For each kernel
+# How the CUDA device's kernels use memory: tests/emulated_cuda/memory.sh COUNTS PROGRAM [--places], where PROGRAM is the one that wrote COUNTS (memory.cc); `make check-cuda-memory` builds memory_kernels, which ends here. For each kernel
 #   global   sectors of 32 bytes that its warps touched / the fewest that those bytes fill; and bytes of a lane's access
 #   shared   turns that the banks took / the fewest
 # A kernel fails that has more than memory_allowed.txt says (1 where it says nothing), and one that did not run. The places in the code that lose something are printed of kernels that fail; --places: of all.
-cd "$(dirname "$0")/../.." || exit 1
-program=$1 counts=$1.counts
-EMULATED_CUDA_COUNTS=$counts "$program" || exit 1
+counts=$1 program=$2
 {
     sed 's/^/allowed /; /^allowed *\(#\|$\)/d' tests/emulated_cuda/memory_allowed.txt
     grep -h '__global__' src/cuda/*.cu src/cuda/*.h | grep -o 'llmpar__cuda_[a-z0-9_]*(' | sort -u | sed 's/^llmpar__cuda_/kernel /; s/($//'
     cut -d' ' -f1,2 "$counts" | tr ' ' '\n' | sort -u | addr2line -a -f -C -i -e "$program"
     sed 's/^/count /' "$counts"
-} | awk -v all="$2" '
+} | awk -v all="$3" '
     function place(where) { sub(/ \(discriminator.*/, "", where); sub(/.*\//, "", where); return where }
     function figure(kernel, space) { return fewest[kernel, space] ? sprintf("%.2f", spent[kernel, space] / fewest[kernel, space]) : "-" }
     function most(base, space) { return (base, space) in allowed ? allowed[base, space] : 1 }
@@ -39,7 +37,7 @@ EMULATED_CUDA_COUNTS=$counts "$program" || exit 1
             bad = too_many(kernel, base, "global") || too_many(kernel, base, "shared")
             text = sprintf("%-32s %7s %14s %7s", name[kernel], figure(kernel, "global"), lanes[kernel, "global"] ? sprintf("%.1f", bytes[kernel, "global"] / lanes[kernel, "global"]) : "-", figure(kernel, "shared"))
             if (bad) { failed++; text = text sprintf("  FAILED: more than %s and %s", most(base, "global"), most(base, "shared")) } else passed++
-            if (bad || all == "--places") places = places name[kernel] ":\n" lost[kernel]
+            if (lost[kernel] && (bad || all == "--places")) places = places name[kernel] ":\n" lost[kernel]
             print text | "sort"
         }
         close("sort")

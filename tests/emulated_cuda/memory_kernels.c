@@ -1,11 +1,12 @@
-/* memory_kernels: every kernel of the CUDA device once, on the emulated one, for memory.sh to count how it uses memory. Rows are as long as Llama-3.2-1B's (or long enough to be cut alike), and aligned; there are few of them.
-   What is computed is the other tests' matter. */
+/* memory_kernels: every kernel of the CUDA device once, on the emulated one, to see how it uses memory: memory_kernels [--places], from the project's folder; prints the table of memory.sh. Rows are as long as Llama-3.2-1B's (or long
+   enough to be cut alike), and aligned; there are few of them. What is computed is the other tests' matter. */
 #include "llmpar_cuda.h"
 #include "memory.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static llmpar_device *d;
 
@@ -220,8 +221,9 @@ static llmpar_status rank(llmpar_ctx *ctx, void *user)
     return status;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    char counts[4096];
     llmpar_error error;
     llmpar_backend gpu;
     llmpar_launch_desc desc;
@@ -235,5 +237,8 @@ int main(void)
         fprintf(stderr, "memory_kernels: %s\n", error.text);
         return 1;
     }
-    return 0;
+    snprintf(counts, sizeof counts, "%s.counts", argv[0]);
+    if (emulated_cuda_write(counts)) execl("tests/emulated_cuda/memory.sh", "memory.sh", counts, argv[0], argc > 1 ? argv[1] : NULL, NULL);
+    perror("memory_kernels");
+    return 1;
 }

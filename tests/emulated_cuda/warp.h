@@ -236,6 +236,19 @@ template <int Groups> static inline void llmpar__cu_copy_async_wait(const char *
     if (!emulated_cuda_skips(file, line)) emulated_cuda_copy_wait(Groups);
 }
 
+struct __attribute__((aligned(16))) emulated_cuda_16 { uint32_t word[4]; };
+struct __attribute__((aligned(8))) emulated_cuda_8 { uint32_t word[2]; };
+static __forceinline__ void llmpar__cu_store_16(void *out, const uint32_t word[4])
+{
+    emulated_cuda_16 all = {{word[0], word[1], word[2], word[3]}};
+    *(emulated_cuda_16 *)out = all;
+}
+static __forceinline__ void llmpar__cu_store_8(void *out, uint32_t low, uint32_t high)
+{
+    emulated_cuda_8 all = {{low, high}};
+    *(emulated_cuda_8 *)out = all;
+}
+
 static inline unsigned llmpar__cu_block() { return blockIdx.x; }
 
 float emulated_cuda_f16_to_f32(uint16_t bits);
