@@ -147,9 +147,10 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_hal
             int at = 32 * (i >> 1) + 4 * b + 2 * (i & 1);
             if (row + 8 * i >= job.m || column + 8 * b >= job.n) continue;
             if (job.aligned && column + 8 * b + 1 < job.n) {
-                if (!Load) llmpar__cu_store_8(c + 8 * b, __float_as_uint(sum[at]), __float_as_uint(sum[at + 1]));
+                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
+                if (!Load) *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
                 else {
-                    llmpar__cuda_pair_of_floats pair = *(const llmpar__cuda_pair_of_floats *)(const void *)(c + 8 * b);
+                    pair = *(const llmpar__cuda_pair_of_floats *)(const void *)(c + 8 * b);
                     sum[at] = pair.x[0];
                     sum[at + 1] = pair.x[1];
                 }
