@@ -35,7 +35,7 @@ help:
 	@echo 'make build/train_llama_cuda, build/generate_cuda: the same on GPUs (nvcc; docs/gpu.md), CUDNN=1: with cuDNN; _nccl: with NCCL too; _emulated: with the CUDA device emulated on the CPU'
 	@echo 'make test-nccl     the NCCL communicator on a stand-in for NCCL; test-nccl-asan, test-nccl-tsan: under the sanitizers; check-nccl: compiles and links with the real one'
 	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan, test-cuda-tsan: under the sanitizers; test-cuda-plant: without each barrier once'
-	@echo 'make cuda          the CUDA device as an object, by nvcc; check-cuda: its warnings, spills and linkage, without a GPU; tools/gpu_check: everything, with one'
+	@echo 'make cuda          the CUDA device as an object, by nvcc; check-cuda: its warnings, spills and linkage, without a GPU; check-cuda-memory: sectors and bank conflicts of each kernel, counted on the emulated device; tools/gpu_check: everything, with one'
 	@echo 'make test-mpi      ranks as MPI processes: 1, 2 and 4 of them; test-mpi-full: 8, Open MPI and MPICH, every fault'
 	@echo 'make test-plant    plants faults and expects the tests to find them'
 	@echo 'make test-asan     the suite under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -311,6 +311,27 @@ $(eval $(call emulated,emulated,-O1,$(CUDA_LIB)))
 $(eval $(call emulated,emulated_asan,-O1 $(asan),build/asan/llmpar.o))
 $(eval $(call emulated,emulated_tsan,-O1 $(tsan),build/tsan/llmpar.o))
 
+# How kernels use memory, counted: gcc's calls for ThreadSanitizer come to memory.cc. An access has to stay what it is in the source: 16 bytes are not taken apart, nothing that was read is kept.
+GXX = g++
+COUNTED = -O1 -fsanitize=thread -fno-tree-sra -fno-tree-fre -fno-tree-pre -fno-tree-forwprop -finline-small-functions
+build/emulated_memory/memory.o: tests/emulated_cuda/memory.cc $(wildcard tests/emulated_cuda/*.h)
+	@mkdir -p $(@D)
+	$(GXX) $(CUDA_CXXFLAGS) -O2 -c $< -o $@
+build/emulated_memory/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h $(wildcard tests/emulated_cuda/*.h)
+	@mkdir -p $(@D)
+	$(GXX) $(CUDA_CXXFLAGS) $(COUNTED) -DLLMPAR_CUDA_EMULATED -DLLMPAR_CUDA_IMPLEMENTATION -x c++ -c $< -o $@
+build/emulated_memory/test_memory.o: tests/emulated_cuda/test_memory.cc $(wildcard tests/emulated_cuda/*.h)
+	@mkdir -p $(@D)
+	$(GXX) $(CUDA_CXXFLAGS) $(COUNTED) -c $< -o $@
+build/emulated_memory/test_memory: build/emulated_memory/test_memory.o build/emulated_memory/memory.o build/emulated/cuda.o
+	@$(GXX) -no-pie $^ -o $@ $(LDLIBS)
+build/emulated_memory/memory_kernels: tests/emulated_cuda/memory_kernels.c build/emulated_memory/llmpar_cuda.o build/emulated_memory/memory.o build/emulated/cuda.o $(CUDA_LIB)
+	@$(CC) -O1 $(DEBUG) -Wall -Wextra -no-pie -Ibuild/dev -Itests/emulated_cuda $^ -o $@ -lstdc++ $(LDLIBS)
+check-cuda-memory:
+	@tests/need.sh $(GXX) g++ -- $(MAKE) --no-print-directory run-check-cuda-memory
+run-check-cuda-memory: build/emulated_memory/test_memory build/emulated_memory/memory_kernels
+	@build/emulated_memory/test_memory && build/emulated_memory/memory_kernels
+
 test-cuda:
 	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-emulated $(if $(TEST),,run-gpu-small)
 run-gpu-small: run-emulated
@@ -560,7 +581,7 @@ clean:
 	rm -rf build
 
 .PHONY: all help gen check-gen demo bench print-suite test test-separate test-header test-cxx test-asan test-tsan test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind test-exact \
-	test-cuda test-cuda-asan test-cuda-tsan test-cuda-plant run-gpu-small cuda check-cuda run-check-cuda test-nccl run-nccl-cuda test-nccl-asan test-nccl-tsan check-nccl print-nccl-home \
+	test-cuda test-cuda-asan test-cuda-tsan test-cuda-plant check-cuda-memory run-check-cuda-memory run-gpu-small cuda check-cuda run-check-cuda test-nccl run-nccl-cuda test-nccl-asan test-nccl-tsan check-nccl print-nccl-home \
 	test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs clean FORCE
 .SECONDARY:

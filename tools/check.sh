@@ -93,7 +93,7 @@ build_first()
 }
 build_rest()
 {
-    build rest build/asan/llmpar.o build/tsan/llmpar.o build/emulated/llmpar_cuda.o build-emulated build/emulated/gpu_ops build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes \
+    build rest build/asan/llmpar.o build/tsan/llmpar.o build/emulated/llmpar_cuda.o build-emulated build/emulated/gpu_ops build/emulated_memory/test_memory build/emulated_memory/memory_kernels build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes \
         build-fuzz $(programs asan $checked) $(programs tsan $raced) build/nccl_tsan/test_nccl_train ${full:+FUZZ_OPT=-O1}
 }
 phase build build_first
@@ -128,6 +128,7 @@ phase elastic tests/elastic.sh # also with the processes that mpi has built
 phase rest behind rest
 beside nccl $make test-nccl # mostly waits
 LLMPAR_TEST_QUICK=1 phase emulated $make $jobs test-cuda
+phase cuda-memory $make check-cuda-memory
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan SUITE="$checked"
 phase nccl behind nccl
 LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"

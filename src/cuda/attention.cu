@@ -224,7 +224,7 @@ LLMPAR__CUDA_SLOT(attention, llmpar_attention_args)
     status = llmpar__cuda_attention_check(device, "attention", args, llmpar__cuda_attention_workspace(device, args), 0);
     if (status) return status;
     llmpar__cuda_attention_take(args, &all);
-    all.scores = (float *)(void *)(((uintptr_t)args->workspace + 3u) & ~(uintptr_t)3u);
+    all.scores = (float *)(void *)(((uintptr_t)args->workspace + 7u) & ~(uintptr_t)7u);
     step = llmpar__cuda_attention_sequences((args->tk + 15) / 16 * args->heads * 8, args->batch); /* more blocks a sequence than any kernel has */
     for (int64_t b = 0; !status && b < args->batch; b += step) {
         a = all;

@@ -1,6 +1,6 @@
 /* attention_backward: dq, dk, dv of causal attention (Dao 2023, "FlashAttention-2", algorithm 2, cut in two so that no sum is shared between blocks).
 
-     delta[b,h,i] = sum_e dout * out                          one warp a row
+     delta[b,h,i] = sum_e dout * out                          one warp a row, or eight rows of 16-bit elements
      P = 2^(scale s - lse), dS = P * (dout v^T - delta)       computed again by whoever needs them, from lse
      dv = P^T dout, dk = scale dS^T q                         a block owns keys of one head and walks the queries below the diagonal
      dq = scale dS k                                          a block owns queries of one head and walks the keys left of the diagonal
@@ -22,20 +22,33 @@
 
 /* ---- rows ---- */
 
-/* A warp a row: lane l sums elements l, l + 32, .., then the lanes' sums are added in a tree. Of its document's last row the first head's warp notes the end. */
-template <typename Type> static __global__ void llmpar__cuda_attention_delta(llmpar__cuda_attention_call a, int64_t rows)
+/* Elements l, l + 32, .. of a row are one sum, and those 32 are added in a tree: l and l ^ 16, .., l and l ^ 1. Lanes threads (32, or 4 that read 16 bytes) have a row, each of them neighbouring sums, as many as there are to each.
+   Of its document's last row the first head's thread notes the end. */
+template <typename Type, int Lanes> static __global__ void llmpar__cuda_attention_delta(llmpar__cuda_attention_call a, int64_t rows)
 {
-    int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, token = row / a.heads, b = token / a.tq;
-    int lane = (int)threadIdx.x & 31, h = (int)(row % a.heads), i = (int)(token % a.tq);
-    const Type *out, *dout;
-    float sum = 0;
-    if (row >= rows) return;
-    out = (const Type *)a.out + token * a.ldo + (int64_t)h * a.head_dim;
-    dout = (const Type *)a.dout + token * a.ldo + (int64_t)h * a.head_dim;
-    for (int x = lane; x < a.head_dim; x += 32) sum = __fmaf_rn(llmpar__cuda_load(out[x]), llmpar__cuda_load(dout[x]), sum);
-    sum = llmpar__cuda_attention_sum(sum);
-    if (lane) return;
-    a.delta[(b * a.heads + h) * a.tq + i] = sum;
+    enum { EACH = 32 / Lanes };
+    struct __align__(EACH * sizeof(Type)) part { Type x[EACH]; };
+    int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / Lanes, token = row / a.heads, b = token / a.tq;
+    int lane = (int)threadIdx.x % Lanes, h = (int)(row % a.heads), i = (int)(token % a.tq), end = row < rows ? a.head_dim : 0;
+    const Type *out = (const Type *)a.out + token * a.ldo + (int64_t)h * a.head_dim, *dout = (const Type *)a.dout + token * a.ldo + (int64_t)h * a.head_dim;
+    float sum[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; k++) sum[k] = 0;
+    for (int x = lane * EACH; x < end; x += 32) {
+        const part left = *(const part *)(const void *)(out + x), right = *(const part *)(const void *)(dout + x);
+#pragma unroll
+        for (int k = 0; k < EACH; k++) sum[k] = __fmaf_rn(llmpar__cuda_load(left.x[k]), llmpar__cuda_load(right.x[k]), sum[k]);
+    }
+#pragma unroll
+    for (int step = Lanes / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int k = 0; k < EACH; k++) sum[k] = __fadd_rn(sum[k], __shfl_xor_sync(0xffffffffu, sum[k], step));
+#pragma unroll
+    for (int half = EACH / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int k = 0; k < half; k++) sum[k] = __fadd_rn(sum[k], sum[k + half]);
+    if (lane || row >= rows) return;
+    a.delta[(b * a.heads + h) * a.tq + i] = sum[0];
     if (h == 0 && a.doc_start) {
         const int32_t *start = a.doc_start + b * a.tk;
         if (i + 1 == a.tk || start[i + 1] != start[i]) a.doc_end[b * a.tk + llmpar__cuda_document(start, i)] = i + 1;
@@ -70,8 +83,7 @@ template <typename Type, int E> static __device__ __forceinline__ void llmpar__c
             int x = 8 * n + 2 * (lane & 3);
             float low = __fadd_rn(__fmul_rn(sum[n][2 * r], factor), 0.0f), high = __fadd_rn(__fmul_rn(sum[n][2 * r + 1], factor), 0.0f);
             if (heads) {
-                llmpar__cuda_pair_of_floats two = { { low, high } };
-                *(llmpar__cuda_pair_of_floats *)(void *)(heads + (row * a.heads + h) * E + x) = two;
+                llmpar__cu_store_8(heads + (row * a.heads + h) * E + x, __float_as_uint(low), __float_as_uint(high));
             } else if (a.dkv_float) {
                 float *to = (float *)out + row * ld + (int64_t)kv * E + x;
                 to[0] = low;
@@ -223,8 +235,30 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     }
 }
 
+/* Width sums, 1 or 4, rounded. */
+template <int Width, typename Half> static __device__ __forceinline__ void llmpar__cuda_attention_tree_store(Half *out, const float *sum)
+{
+    uint32_t word[2] = { 0, 0 };
+#pragma unroll
+    for (int k = 0; k < Width; k++) {
+        Half x;
+        llmpar__cuda_store(&x, sum[k]);
+        word[k / 2] |= (uint32_t)x.bits << 16 * (k % 2);
+    }
+    if (Width == 4) llmpar__cu_store_8(out, word[0], word[1]);
+    else out->bits = (uint16_t)word[0];
+}
+template <int Width> static __device__ __forceinline__ void llmpar__cuda_attention_tree_store(float *out, const float *sum)
+{
+    uint32_t word[4];
+#pragma unroll
+    for (int k = 0; k < Width; k++) word[k] = __float_as_uint(sum[k]);
+    if (Width == 4) llmpar__cu_store_16(out, word);
+    else *out = sum[0];
+}
+
 /* out[token, kv, :] = tree over the group's heads: groups of `odd` heads, cut at the largest power of two below, and 2^n of these cut in halves. Both are the binary tree over places of which those behind the
-   odd heads are empty: +0, which changes no sum, since none is -0. A thread takes Width neighbours; count: of such, in dk. */
+   odd heads are empty: +0, which changes no sum, since none is -0. A thread takes Width neighbours, 4 where they can be stored at once; count: of such, in dk. */
 template <int Width> static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a, int64_t count, int odd, int places)
 {
     int64_t e = a.head_dim, stride = (int64_t)gridDim.x * blockDim.x;
@@ -258,12 +292,9 @@ template <int Width> static __global__ void llmpar__cuda_attention_tree(llmpar__
                     }
                 }
             }
-#pragma unroll
-        for (int k = 0; k < Width; k++) {
-            if (a.dkv_float) ((float *)out)[to + k] = sum[k];
-            else if (a.dtype == LLMPAR_BF16) llmpar__cuda_store((llmpar__cuda_bf16 *)out + to + k, sum[k]);
-            else llmpar__cuda_store((llmpar__cuda_f16 *)out + to + k, sum[k]);
-        }
+        if (a.dkv_float) llmpar__cuda_attention_tree_store<Width>((float *)out + to, sum);
+        else if (a.dtype == LLMPAR_BF16) llmpar__cuda_attention_tree_store<Width>((llmpar__cuda_bf16 *)out + to, sum);
+        else llmpar__cuda_attention_tree_store<Width>((llmpar__cuda_f16 *)out + to, sum);
     }
 }
 
@@ -449,26 +480,34 @@ template <typename Type, int E> static void llmpar__cuda_attention_backward_laun
     llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dq<Type, E>, dim3((unsigned)(tasks * ((a->tq + DQ - 1) / DQ))), block, (size_t)(2 * DQ + 4 * STEP) * E * 2 + pointers, *a);
 }
 
+template <typename Type, int Lanes> static void llmpar__cuda_attention_delta_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a)
+{
+    int64_t rows = a->batch * a->heads * a->tq;
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<Type, Lanes>, dim3((unsigned)((rows * Lanes + 255) / 256)), dim3(256), 0, *a, rows);
+}
+
 /* Some sequences. */
 static llmpar_status llmpar__cuda_attention_backward_part(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a, int by_mma)
 {
     llmpar__cuda *cuda = llmpar__cuda_of(device);
-    int64_t rows = a->batch * a->heads * a->tq, count = a->batch * a->tk * a->kv_heads * a->head_dim;
-    dim3 blocks((unsigned)((rows + 7) / 8)), block(256);
+    int64_t count = a->batch * a->tk * a->kv_heads * a->head_dim;
+    int narrow = !a->wide || (uintptr_t)a->out % 16 || a->head_dim % 32;
     llmpar_status status = LLMPAR_OK;
-    if (a->dtype == LLMPAR_BF16) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<llmpar__cuda_bf16>, blocks, block, 0, *a, rows);
-    else if (a->dtype == LLMPAR_F16) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<llmpar__cuda_f16>, blocks, block, 0, *a, rows);
-    else llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<float>, blocks, block, 0, *a, rows);
+    if (a->dtype == LLMPAR_F32) llmpar__cuda_attention_delta_launch<float, 32>(device, stream, a);
+    else if (a->dtype == LLMPAR_BF16 && narrow) llmpar__cuda_attention_delta_launch<llmpar__cuda_bf16, 32>(device, stream, a);
+    else if (a->dtype == LLMPAR_BF16) llmpar__cuda_attention_delta_launch<llmpar__cuda_bf16, 4>(device, stream, a);
+    else if (narrow) llmpar__cuda_attention_delta_launch<llmpar__cuda_f16, 32>(device, stream, a);
+    else llmpar__cuda_attention_delta_launch<llmpar__cuda_f16, 4>(device, stream, a);
     if (!by_mma) status = llmpar__cuda_attention_simple_backward(device, stream, *a);
     else if (a->dtype == LLMPAR_BF16 && a->head_dim == 64) llmpar__cuda_attention_backward_launch<llmpar__cuda_bf16, 64>(device, stream, a);
     else if (a->dtype == LLMPAR_BF16) llmpar__cuda_attention_backward_launch<llmpar__cuda_bf16, 128>(device, stream, a);
     else if (a->head_dim == 64) llmpar__cuda_attention_backward_launch<llmpar__cuda_f16, 64>(device, stream, a);
     else llmpar__cuda_attention_backward_launch<llmpar__cuda_f16, 128>(device, stream, a);
     if (!status && a->dk_heads) {
-        int odd = a->group, places = 1;
+        int odd = a->group, places = 1, size = a->dkv_float ? 4 : 2;
         while (odd % 2 == 0) odd /= 2;
         while (places < odd) places *= 2;
-        if (a->head_dim % 4 == 0) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<4>, dim3(llmpar__cuda_blocks(cuda, count / 2, 256, 8)), dim3(256), 0, *a, count / 4, odd, places);
+        if (a->head_dim % 4 == 0 && (((uintptr_t)a->dk | (uintptr_t)a->dv | (uintptr_t)((a->ld_dk | a->ld_dv) * size)) & (uintptr_t)(4 * size - 1)) == 0) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<4>, dim3(llmpar__cuda_blocks(cuda, count / 2, 256, 8)), dim3(256), 0, *a, count / 4, odd, places);
         else llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<1>, dim3(llmpar__cuda_blocks(cuda, 2 * count, 256, 8)), dim3(256), 0, *a, count, odd, places);
     }
     return status;

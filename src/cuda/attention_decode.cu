@@ -24,10 +24,15 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     if (a.doc_start && first + TILE <= llmpar__cuda_document(a.doc_start + b * a.tk, offset)) return;
     llmpar__cuda_tile_load<E, TILE>(keys, llmpar__cuda_tile_mine<E>((const uint16_t *)a.k + b * a.tk_stride * a.ldk + (int64_t)kv * E, a.ldk), a.ldk, first, a.tk, a.wide);
     llmpar__cu_copy_async_commit();
-    for (int at = (int)threadIdx.x; at < ROWS * E; at += LLMPAR__CUDA_ATTENTION_THREADS) {
-        int row = at / E, x = at % E;
-        llmpar__cuda_tile_at<E>(queries, row, x / 8)[x % 8] = row < rows ? q[row / a.group * a.ldq + row % a.group * E + x] : (uint16_t)0;
+    for (int at = (int)threadIdx.x; at < ROWS * E / 8; at += LLMPAR__CUDA_ATTENTION_THREADS) {
+        int row = at / (E / 8), part = at % (E / 8);
+        uint16_t *to = llmpar__cuda_tile_at<E>(queries, row, part);
+        const uint16_t *from = q + row / a.group * a.ldq + row % a.group * E + part * 8;
+        if (a.wide) llmpar__cu_copy_async(to, from, row < rows ? 16 : 0);
+        else
+            for (int x = 0; x < 8; x++) to[x] = row < rows ? from[x] : (uint16_t)0;
     }
+    llmpar__cu_copy_async_commit();
     llmpar__cu_copy_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -41,9 +46,10 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int row = (lane >> 2) + 8 * (i >> 1), key = first + 16 * warp + 8 * n + 2 * (lane & 3) + (i & 1);
-            if (row < rows && key < a.tk) a.scores[(task * rows + row) * a.ld_scores + key] = s[n][i];
+        for (int r = 0; r < 2; r++) {
+            int row = (lane >> 2) + 8 * r, key = first + 16 * warp + 8 * n + 2 * (lane & 3);
+            llmpar__cuda_pair_of_floats two = { { s[n][2 * r], s[n][2 * r + 1] } };
+            if (row < rows && key < a.tk) *(llmpar__cuda_pair_of_floats *)(void *)(a.scores + (task * rows + row) * a.ld_scores + key) = two;
         }
 }
 
@@ -79,7 +85,7 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
     int position[2] = { offset + (lane >> 2) / a.group, offset + ((lane >> 2) + 8) / a.group }; /* of this thread's rows; behind the last query: none */
     const float *scores = a.scores + (task * rows + (lane >> 2)) * a.ld_scores;
     for (int low = offset, high; low < a.tk; low = high) {
-        int begin = llmpar__cuda_document(start, low);
+        int begin = llmpar__cuda_document(start, low), even = (begin & 1) == 0;
         high = llmpar__cuda_document_run(start, low, a.tk);
         for (int i = 0; i < STAGES - 1; i++) {
             llmpar__cuda_decode_load(tiles + i * TILE * COLUMNS, v, a.ldv, begin + i * TILE, high, a.wide);
@@ -91,9 +97,17 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int at = position[i >> 1], key = first + 8 * n + 2 * (lane & 3) + (i & 1);
-                    s[n][i] = at >= low && at < high && key <= at ? scores[(i >> 1) * 8 * a.ld_scores + key] : least;
+                for (int r = 0; r < 2; r++) {
+                    int at = position[r], key = first + 8 * n + 2 * (lane & 3), there = at >= low && at < high;
+                    const float *score = scores + r * 8 * a.ld_scores + key;
+                    llmpar__cuda_pair_of_floats two = { { least, least } };
+                    if (there && key <= at && even) two = *(const llmpar__cuda_pair_of_floats *)(const void *)score;
+                    else if (there && key <= at) {
+                        two.x[0] = score[0];
+                        if (key < at) two.x[1] = score[1];
+                    }
+                    s[n][2 * r] = two.x[0];
+                    s[n][2 * r + 1] = key < at ? two.x[1] : least;
                 }
             llmpar__cu_copy_async_wait<STAGES - 2>();
             __syncwarp(); /* no test can tell: the products of the tile before meet here too, but order no memory */
@@ -137,7 +151,7 @@ static size_t llmpar__cuda_attention_decode_workspace(const llmpar_attention_arg
 {
     int64_t group = args->heads / args->kv_heads, queries = LLMPAR__CUDA_ATTENTION_FEW / group;
     if (queries > args->tq) queries = args->tq;
-    return queries > 0 ? (size_t)(args->batch * args->heads * queries * args->tk) * sizeof(float) + 3 : 0;
+    return queries > 0 ? (size_t)(args->batch * args->heads * queries * ((args->tk + 1) & ~(int64_t)1)) * sizeof(float) + 7 : 0;
 }
 
 template <typename Type> static void llmpar__cuda_decode_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a)
@@ -152,7 +166,7 @@ template <typename Type> static void llmpar__cuda_decode_launch(llmpar_device *d
 
 static void llmpar__cuda_attention_decode(llmpar_device *device, llmpar_stream *stream, llmpar__cuda_attention_call a)
 {
-    a.ld_scores = a.tk;
+    a.ld_scores = (a.tk + 1) & ~1; /* scores come and go in pairs */
     if (a.dtype == LLMPAR_BF16) llmpar__cuda_decode_launch<llmpar__cuda_bf16>(device, stream, &a);
     else llmpar__cuda_decode_launch<llmpar__cuda_f16>(device, stream, &a);
 }

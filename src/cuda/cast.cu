@@ -1,6 +1,6 @@
 /* cast: out[i] = in[i] in another type, with the bits of llmpar_convert (base/dtype.h), NaNs included: what moves between the host and the device must not show where it was rounded.
 
-   A thread takes eight elements, 16 bytes of a 16-bit type and 32 of f32, where both pointers are 16-byte aligned, and one at a time where they are not and at the end. Narrowing from f64 goes through f32 bits
+   A thread takes four elements and four a block further on, where both pointers are 16-byte aligned, and one at a time where they are not and at the end: so neighbours' bytes touch, of the narrow type and of the wide one. Narrowing from f64 goes through f32 bits
    rounded to odd, whose second rounding gives what one rounding from f64 gives (Boldo & Melquiond 2008). */
 #include "cuda/launch.h"
 
@@ -47,26 +47,31 @@ static __device__ __forceinline__ void llmpar__cuda_cast_one(float *out, double 
 
 /* ---- the kernel ---- */
 
-template <typename T> struct __align__(16) llmpar__cuda_eight { T x[8]; };
-
-/* groups: of eight elements; 0 where a pointer is not aligned. */
+/* groups: of four elements; 0 where a pointer is not aligned. */
 template <typename In, typename Out> __global__ void __launch_bounds__(256) llmpar__cuda_cast_kernel(Out *out, const In *in, int64_t count, int64_t groups)
 {
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = first; i < groups; i += step) {
-        llmpar__cuda_eight<In> from = ((const llmpar__cuda_eight<In> *)(const void *)in)[i];
-        llmpar__cuda_eight<Out> to;
+    for (int64_t i = first + (int64_t)blockIdx.x * blockDim.x; i < groups; i += 2 * step) {
+        llmpar__cuda_four<In> from[2];
+        llmpar__cuda_four<Out> to;
 #pragma unroll
-        for (int k = 0; k < 8; k++) llmpar__cuda_cast_one(&to.x[k], from.x[k]);
-        ((llmpar__cuda_eight<Out> *)(void *)out)[i] = to;
+        for (int j = 0; j < 2; j++)
+            if (i + j * blockDim.x < groups) from[j] = ((const llmpar__cuda_four<In> *)(const void *)in)[i + j * blockDim.x];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if (i + j * blockDim.x >= groups) continue;
+#pragma unroll
+            for (int k = 0; k < 4; k++) llmpar__cuda_cast_one(&to.x[k], from[j].x[k]);
+            ((llmpar__cuda_four<Out> *)(void *)out)[i + j * blockDim.x] = to;
+        }
     }
-    for (int64_t i = 8 * groups + first; i < count; i += step) llmpar__cuda_cast_one(out + i, in[i]);
+    for (int64_t i = 4 * groups + first; i < count; i += step) llmpar__cuda_cast_one(out + i, in[i]);
 }
 
 /* The null pointers name the types. */
 template <typename In, typename Out> static llmpar_status llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *, const Out *)
 {
-    int64_t count = (int64_t)args->count, groups = (((uintptr_t)args->in | (uintptr_t)args->out) & 15) ? 0 : count / 8;
+    int64_t count = (int64_t)args->count, groups = (((uintptr_t)args->in | (uintptr_t)args->out) & 15) ? 0 : count / 4;
     unsigned blocks = llmpar__cuda_blocks(llmpar__cuda_of(device), groups ? (count + 7) / 8 : count, 256, 8);
     llmpar__cuda_launch(device, stream, llmpar__cuda_cast_kernel<In, Out>, dim3(blocks), dim3(256), 0, (Out *)args->out, (const In *)args->in, count, groups);
     return llmpar__cuda_end(device, stream, "cast");

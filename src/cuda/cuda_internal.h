@@ -154,6 +154,8 @@ struct llmpar__cuda_f16 { uint16_t bits; };
 
 /* 16 bytes, as kernels move them where pointers and strides allow. */
 struct __align__(16) llmpar__cuda_16 { uint32_t word[4]; };
+/* Four elements at once: neighbours' bytes touch, of f32 and of a 16-bit type. */
+template <typename T> struct __align__((sizeof(T) < 4 ? 8 : 16)) llmpar__cuda_four { T x[4]; };
 /* Two neighbouring sums of mma.sync, likewise. */
 struct __align__(8) llmpar__cuda_pair_of_floats { float x[2]; };
 

@@ -164,7 +164,7 @@ typedef struct llmpar__cuda_embedding_job {
     uint32_t *begin, *listed, *list;
     int64_t leaf_rows;
     int slots, groups, levels, pair; /* leaves side by side; parts of a row's columns; levels of the tree over rounds of leaves; two columns at a time */
-    int lanes, wide;                 /* threads a row of the table, for rows with few tokens */
+    int lanes, wide, four;           /* for rows with few tokens: threads a row of the table; whether its rows are aligned to 16 bytes; whether those of dout to four columns */
 } llmpar__cuda_embedding_job;
 
 /* The first i in [low, high) with x[i] >= value, else high. */
@@ -210,9 +210,12 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
         for (int64_t c = (int64_t)((int)threadIdx.x % job.lanes) * 4; c < dim; c += 4 * job.lanes) {
             float x[LLMPAR__CUDA_EMBEDDING_FEW][4];
 #pragma unroll
-            for (int j = 0; j < LLMPAR__CUDA_EMBEDDING_FEW; j++)
+            for (int j = 0; j < LLMPAR__CUDA_EMBEDDING_FEW; j++) {
+                llmpar__cuda_four<T> four;
+                if (j < count && job.four) four = *(const llmpar__cuda_four<T> *)(const void *)(in[j] + c);
 #pragma unroll
-                for (int k = 0; k < 4; k++) x[j][k] = j < count && c + k < dim ? __fadd_rn(0.0f, llmpar__cuda_load(in[j][c + k])) : 0.0f;
+                for (int k = 0; k < 4; k++) x[j][k] = j < count && c + k < dim ? __fadd_rn(0.0f, llmpar__cuda_load(job.four ? four.x[k] : in[j][c + k])) : 0.0f;
+            }
 #pragma unroll
             for (int k = 0; k < 4; k++) x[0][k] = right ? __fadd_rn(x[0][k], __fadd_rn(x[1][k], x[2][k])) : __fadd_rn(__fadd_rn(x[0][k], x[1][k]), x[2][k]);
             llmpar__cuda_write(out + c, dim - c, job.wide, llmpar__cuda_pack<float>(x[0]));
@@ -336,6 +339,7 @@ template <typename T> static void llmpar__cuda_embedding_run_backward(llmpar_dev
     memset(&job, 0, sizeof job);
     job.lanes = llmpar__cuda_row_lanes(args->dim, 4);
     job.wide = llmpar__cuda_wide(args->dtable, args->dim * 4);
+    job.four = args->dim % 4 == 0 && (uintptr_t)args->dout % (4 * sizeof(T)) == 0;
     const int at_once = LLMPAR__CUDA_ROW_THREADS / job.lanes;
     if (l->rows > 0) {
         llmpar__cuda_embedding_sort(device, stream, args, l, base, &job);

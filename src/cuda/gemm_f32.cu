@@ -14,7 +14,8 @@ enum {
 template <int Transposed> static __device__ __forceinline__ void llmpar__cuda_gemm_f32_copy(unsigned char *out, const unsigned char *in, int64_t ld, int extent, int k)
 {
     enum { SIDE = LLMPAR__CUDA_GEMM_F32_SIDE, K = LLMPAR__CUDA_GEMM_F32_K, WIDTH = Transposed ? SIDE : K, STEP = LLMPAR__CUDA_GEMM_THREADS / WIDTH, PASSES = (Transposed ? K : SIDE) / STEP };
-    int at = (int)threadIdx.x % WIDTH, row = (int)threadIdx.x / WIDTH;
+    /* Where it is turned, a warp takes 8 k of 4 rows: so it writes to all banks. */
+    int thread = (int)threadIdx.x, at = Transposed ? thread % WIDTH : (thread & 7) | (thread >> 2 & 8), row = Transposed ? thread / WIDTH : (thread >> 3 & 3) | (thread >> 4 & 12);
     int rows = at < (Transposed ? extent : k) ? (Transposed ? k : extent) - row : 0;
     in += row * ld + 4 * at;
     out += 4 * (Transposed ? row * LLMPAR__CUDA_GEMM_F32_ROW + at : at * LLMPAR__CUDA_GEMM_F32_ROW + row);
@@ -54,11 +55,15 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_f32
             int64_t r = row + (i >> 2) * 64 + (i & 3), j = column + 64 * h;
             float *c = (float *)job.c + r * job.ldc + j;
             if (r >= job.m) continue;
-            if (!Load && job.aligned && j + 4 <= job.n) {
-                llmpar__cuda_16 out;
+            if (job.aligned && j + 4 <= job.n) {
+                llmpar__cuda_16 four;
+                if (Load) four = *(const llmpar__cuda_16 *)(const void *)c;
 #pragma unroll
-                for (int e = 0; e < 4; e++) out.word[e] = __float_as_uint(sum[8 * i + 4 * h + e]);
-                *(llmpar__cuda_16 *)(void *)c = out;
+                for (int e = 0; e < 4; e++) {
+                    if (Load) sum[8 * i + 4 * h + e] = __uint_as_float(four.word[e]);
+                    else four.word[e] = __float_as_uint(sum[8 * i + 4 * h + e]);
+                }
+                if (!Load) llmpar__cu_store_16(c, four.word);
                 continue;
             }
 #pragma unroll

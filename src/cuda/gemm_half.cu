@@ -124,7 +124,7 @@ template <int F16> static __device__ __forceinline__ void llmpar__cuda_gemm_half
                     else out.word[e | bit] = taken;
                 }
             if (row + 8 * i >= job.m) continue;
-            if (job.aligned && column + 8 * b + 8 <= job.n) *(llmpar__cuda_16 *)(void *)(c + 8 * b) = out;
+            if (job.aligned && column + 8 * b + 8 <= job.n) llmpar__cu_store_16(c + 8 * b, out.word);
             else {
 #pragma unroll
                 for (int e = 0; e < 8; e++)
@@ -146,12 +146,17 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_hal
         for (int b = 0; b < 8; b++) {
             int at = 32 * (i >> 1) + 4 * b + 2 * (i & 1);
             if (row + 8 * i >= job.m || column + 8 * b >= job.n) continue;
-            if (Load) {
+            if (job.aligned && column + 8 * b + 1 < job.n) {
+                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
+                if (!Load) *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
+                else {
+                    pair = *(const llmpar__cuda_pair_of_floats *)(const void *)(c + 8 * b);
+                    sum[at] = pair.x[0];
+                    sum[at + 1] = pair.x[1];
+                }
+            } else if (Load) {
                 sum[at] = c[8 * b];
                 if (column + 8 * b + 1 < job.n) sum[at + 1] = c[8 * b + 1];
-            } else if (job.aligned && column + 8 * b + 1 < job.n) {
-                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
-                *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
             } else {
                 c[8 * b] = sum[at];
                 if (column + 8 * b + 1 < job.n) c[8 * b + 1] = sum[at + 1];

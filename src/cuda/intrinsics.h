@@ -51,6 +51,16 @@ static __device__ __forceinline__ void llmpar__cu_copy_async_4(void *shared, con
 static __device__ __forceinline__ void llmpar__cu_copy_async_commit() { asm volatile("cp.async.commit_group;\n" : : : "memory"); }
 template <int Groups> static __device__ __forceinline__ void llmpar__cu_copy_async_wait() { asm volatile("cp.async.wait_group %0;\n" : : "n"(Groups) : "memory"); }
 
+/* To global memory at once, aligned to the bytes. Where a store of the elements one by one is near, the compiler may take that of a struct apart and join parts of the two: then a warp's 16 bytes a lane become four stores. */
+static __device__ __forceinline__ void llmpar__cu_store_16(void *out, const uint32_t word[4])
+{
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" : : "l"(__cvta_generic_to_global(out)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+}
+static __device__ __forceinline__ void llmpar__cu_store_8(void *out, uint32_t low, uint32_t high)
+{
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};\n" : : "l"(__cvta_generic_to_global(out)), "r"(low), "r"(high) : "memory");
+}
+
 /* Two floats rounded to nearest even, `low` in the lower half. Hardware's NaN (0x7fff): for products inside kernels; what is stored for others goes through llmpar__cuda_store. */
 static __device__ __forceinline__ uint32_t llmpar__cu_pack_bf16(float low, float high)
 {

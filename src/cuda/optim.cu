@@ -11,8 +11,6 @@
    Callers hold parameters, gradients and moments in flat buffers (fsdp/flat.c), so one call is one launch for many tensors. A thread takes four elements of each buffer, 16 bytes, where all are 16-byte aligned. */
 #include "cuda/launch.h"
 
-struct __align__(16) llmpar__cuda_four { float x[4]; };
-
 /* 1 - a * b in two roundings: the host's compiler may have fused multiply-adds. */
 static double llmpar__cuda_rest_of_product(double a, double b)
 {
@@ -37,13 +35,13 @@ __global__ void __launch_bounds__(256) llmpar__cuda_adamw_kernel(const llmpar__c
 {
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = first; i < groups; i += step) {
-        llmpar__cuda_four p4 = ((const llmpar__cuda_four *)(const void *)p)[i], g4 = ((const llmpar__cuda_four *)(const void *)g)[i];
-        llmpar__cuda_four m4 = ((const llmpar__cuda_four *)(const void *)m)[i], v4 = ((const llmpar__cuda_four *)(const void *)v)[i];
+        llmpar__cuda_four<float> p4 = ((const llmpar__cuda_four<float> *)(const void *)p)[i], g4 = ((const llmpar__cuda_four<float> *)(const void *)g)[i];
+        llmpar__cuda_four<float> m4 = ((const llmpar__cuda_four<float> *)(const void *)m)[i], v4 = ((const llmpar__cuda_four<float> *)(const void *)v)[i];
 #pragma unroll
         for (int k = 0; k < 4; k++) llmpar__cuda_adamw_one(s, &p4.x[k], g4.x[k], &m4.x[k], &v4.x[k]);
-        ((llmpar__cuda_four *)(void *)p)[i] = p4;
-        ((llmpar__cuda_four *)(void *)m)[i] = m4;
-        ((llmpar__cuda_four *)(void *)v)[i] = v4;
+        ((llmpar__cuda_four<float> *)(void *)p)[i] = p4;
+        ((llmpar__cuda_four<float> *)(void *)m)[i] = m4;
+        ((llmpar__cuda_four<float> *)(void *)v)[i] = v4;
     }
     for (int64_t i = 4 * groups + first; i < count; i += step) llmpar__cuda_adamw_one(s, p + i, g[i], m + i, v + i);
 }
@@ -90,12 +88,12 @@ __global__ void __launch_bounds__(256) llmpar__cuda_sgd_kernel(const llmpar__cud
 {
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = first; i < groups; i += step) {
-        llmpar__cuda_four p4 = ((const llmpar__cuda_four *)(const void *)p)[i], g4 = ((const llmpar__cuda_four *)(const void *)g)[i], m4 = g4;
-        if (m) m4 = ((const llmpar__cuda_four *)(const void *)m)[i];
+        llmpar__cuda_four<float> p4 = ((const llmpar__cuda_four<float> *)(const void *)p)[i], g4 = ((const llmpar__cuda_four<float> *)(const void *)g)[i], m4 = g4;
+        if (m) m4 = ((const llmpar__cuda_four<float> *)(const void *)m)[i];
 #pragma unroll
         for (int k = 0; k < 4; k++) llmpar__cuda_sgd_one(s, &p4.x[k], g4.x[k], m ? &m4.x[k] : NULL);
-        ((llmpar__cuda_four *)(void *)p)[i] = p4;
-        if (m) ((llmpar__cuda_four *)(void *)m)[i] = m4;
+        ((llmpar__cuda_four<float> *)(void *)p)[i] = p4;
+        if (m) ((llmpar__cuda_four<float> *)(void *)m)[i] = m4;
     }
     for (int64_t i = 4 * groups + first; i < count; i += step) llmpar__cuda_sgd_one(s, p + i, g[i], m ? m + i : NULL);
 }

@@ -71,7 +71,6 @@ struct Copy { unsigned char *to; const unsigned char *from; int bytes, size; uns
 struct Fiber {
     emulated_cuda_thread place;
     void *sp;
-    unsigned char *stack;
     void *fake; /* AddressSanitizer's, or ThreadSanitizer's */
     State state;
     unsigned index, group;
@@ -132,11 +131,11 @@ struct Machine {
         fence(SHARED_LIMIT + FENCE);
         for (Fiber *fiber : fibers) {
 #if defined(__SANITIZE_ADDRESS__)
-            __asan_unpoison_memory_region(fiber->stack, STACK);
+            __asan_unpoison_memory_region(fiber->place.stack, STACK);
 #elif defined(__SANITIZE_THREAD__)
             __tsan_destroy_fiber(fiber->fake);
 #endif
-            munmap(fiber->stack - 4096, STACK + 4096);
+            munmap(fiber->place.stack - 4096, STACK + 4096);
             delete fiber;
         }
         free(shared);
@@ -158,7 +157,8 @@ struct Machine {
                 abort();
             }
             Fiber *fiber = new Fiber();
-            fiber->stack = memory + 4096;
+            fiber->place.stack = memory + 4096;
+            fiber->place.stack_end = fiber->place.stack + STACK;
 #if defined(__SANITIZE_THREAD__)
             fiber->fake = __tsan_create_fiber(0);
 #endif
@@ -171,7 +171,7 @@ struct Machine {
         now = to;
         emulated_cuda_now = to ? &to->place : NULL;
 #if defined(__SANITIZE_ADDRESS__)
-        if (to) __sanitizer_start_switch_fiber(save_fake, to->stack, STACK);
+        if (to) __sanitizer_start_switch_fiber(save_fake, to->place.stack, STACK);
         else __sanitizer_start_switch_fiber(save_fake, main_bottom, main_size);
 #elif defined(__SANITIZE_THREAD__)
         __tsan_switch_to_fiber(to ? to->fake : main_fake, 0);
@@ -242,7 +242,7 @@ struct Machine {
         ready.resize(threads);
         for (unsigned i = 0; i < threads; i++) {
             Fiber *f = fibers[i];
-            uintptr_t top = ((uintptr_t)f->stack + STACK - 64) / 16 * 16;
+            uintptr_t top = ((uintptr_t)f->place.stack + STACK - 64) / 16 * 16;
             f->place.thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
             f->place.block = index;
             f->place.block_dim = size;
@@ -273,6 +273,7 @@ struct Machine {
             warps[w].meetings.clear();
         }
         start();
+        if (emulated_cuda_watching) emulated_cuda_watching->met(0, threads);
 #if !defined(__SANITIZE_ADDRESS__)
         for (int i = 0; i < FENCE; i++)
             if (shared[shared_bytes + (size_t)i] != 0xa5) {
@@ -293,7 +294,7 @@ struct Machine {
         __sanitizer_finish_switch_fiber(main_fake, NULL, NULL);
 #endif
     }
-    void grid(const std::string &name, const std::string &from, const std::function<void()> &fn, dim3 grid, dim3 size, size_t bytes, uint64_t seed)
+    void grid(const std::string &name, const std::string &from, const void *function, const std::function<void()> &fn, dim3 grid, dim3 size, size_t bytes, uint64_t seed)
     {
         uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z, step, at;
         random.state = seed;
@@ -307,6 +308,7 @@ struct Machine {
         main_fake = __tsan_get_current_fiber();
 #endif
         fence(bytes);
+        if (emulated_cuda_watching) emulated_cuda_watching->begin(threads, shared, bytes);
         for (step = 1 + random.below(blocks);; step++) { /* any step without a common factor goes through all of them */
             uint64_t a = step, b = blocks;
             while (b) { uint64_t r = a % b; a = b; b = r; }
@@ -317,6 +319,7 @@ struct Machine {
             block(dim3((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y), (unsigned)(at / grid.x / grid.y)), grid, size);
             at = (uint64_t)(((unsigned __int128)at + step) % blocks);
         }
+        if (emulated_cuda_watching) emulated_cuda_watching->end(function);
         run = NULL;
     }
 };
@@ -356,6 +359,7 @@ NO_ASAN void entry()
 } // namespace
 
 __thread const emulated_cuda_thread *emulated_cuda_now;
+const emulated_cuda_watch *emulated_cuda_watching;
 
 /* "norm.cu:175" */
 static int skip_line()
@@ -393,6 +397,7 @@ void emulated_cuda_barrier()
     f->state = AT_BARRIER;
     if (++m->at_barrier == m->threads) {
         m->at_barrier = 0;
+        if (emulated_cuda_watching) emulated_cuda_watching->met(0, m->threads);
         for (unsigned i = 0; i < m->threads; i++) {
             m->fibers[i]->state = READY;
             if (i != f->index) m->ready.push_back(i);
@@ -438,6 +443,7 @@ void emulated_cuda_warp(const char *name, emulated_cuda_warp_run run, unsigned m
     Meeting all = *meeting;
     *meeting = warp.meetings.back();
     warp.meetings.pop_back();
+    if (emulated_cuda_watching && mask == warp.exists) emulated_cuda_watching->met(first, (unsigned)__builtin_popcount(mask));
     all.run(all.lanes, mask);
     for (unsigned rest = mask & ~own; rest; rest &= rest - 1) {
         unsigned i = first + (unsigned)__builtin_ctz(rest);
@@ -448,12 +454,18 @@ void emulated_cuda_warp(const char *name, emulated_cuda_warp_run run, unsigned m
 
 /* ---- copies from global to shared memory ---- */
 
-void emulated_cuda_shared_check(const char *name, const void *at, size_t bytes, size_t alignment)
+static void shared_check(const char *name, const void *at, size_t bytes, size_t alignment)
 {
     const Machine *m = machine_now;
     uintptr_t p = (uintptr_t)at, begin = (uintptr_t)m->shared;
     if (p < begin || p + bytes > begin + m->shared_bytes) emulated_cuda_wrong("%s: bytes [%lld, %lld) of the block's %zu bytes of shared memory", name, (long long)(p - begin), (long long)(p - begin + bytes), m->shared_bytes);
     if (p % alignment) emulated_cuda_wrong("%s: shared memory at %llu, which is not aligned to %zu", name, (unsigned long long)(p - begin), alignment);
+}
+
+void emulated_cuda_matrix_check(const char *name, const void *row)
+{
+    shared_check(name, row, 16, 16);
+    if (emulated_cuda_watching) emulated_cuda_watching->matrix(__builtin_return_address(0), row);
 }
 
 static void deliver(const Copy &copy)
@@ -466,9 +478,10 @@ void emulated_cuda_copy(void *shared, const void *global, int bytes, int size)
 {
     Machine *m = machine_now;
     Copy copy = {(unsigned char *)shared, (const unsigned char *)global, bytes, size, m->now->group};
-    emulated_cuda_shared_check("copy_async", shared, (size_t)size, (size_t)size);
+    shared_check("copy_async", shared, (size_t)size, (size_t)size);
     if ((uintptr_t)global % (unsigned)size) emulated_cuda_wrong("copy_async of %d bytes from %p, which is not aligned to them", size, global);
     if (bytes < 0 || bytes > size) emulated_cuda_wrong("copy_async of %d bytes, expected 0 to %d", bytes, size);
+    if (emulated_cuda_watching) emulated_cuda_watching->copied(__builtin_return_address(0), shared, global, bytes, size);
     if (m->random.below(4) == 0) { /* at once */
         deliver(copy);
         return;
@@ -958,12 +971,19 @@ cudaError_t cudaHostUnregister(void *memory)
 }
 
 /* Is it in memory that cudaMalloc, cudaMallocHost or cudaHostRegister knows? */
-static bool known(Engine &e, const void *memory)
+static bool known(Engine &e, const void *memory, uintptr_t *begin = NULL, uintptr_t *end = NULL)
 {
-    std::map<uintptr_t, Memory>::iterator at = e.memory.upper_bound((uintptr_t)memory);
-    if (at == e.memory.begin()) return false;
-    --at;
-    return (uintptr_t)memory - at->first < at->second.bytes;
+    std::map<uintptr_t, Memory>::iterator above = e.memory.upper_bound((uintptr_t)memory), at = above;
+    uintptr_t from = 0, to = 0;
+    if (at != e.memory.begin()) {
+        --at;
+        from = at->first;
+        to = from + at->second.bytes;
+    }
+    bool in = (uintptr_t)memory < to;
+    if (begin) *begin = in ? from : to;
+    if (end) *end = in ? to : above == e.memory.end() ? UINTPTR_MAX : above->first;
+    return in;
 }
 static cudaError_t enqueue(Kind kind, const char *what, const std::function<void()> &run, const std::shared_ptr<Mark> &mark, cudaStream_t stream)
 {
@@ -1198,6 +1218,13 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, const void *kernel)
 
 } /* extern "C" */
 
+bool emulated_cuda_range(const void *at, uintptr_t *begin, uintptr_t *end)
+{
+    Engine &e = engine();
+    std::unique_lock<std::mutex> hold(e.lock);
+    return known(e, at, begin, end);
+}
+
 /* The third of the arguments as written. */
 static std::string kernel_name(const char *text)
 {
@@ -1230,7 +1257,7 @@ cudaError_t emulated_cuda_enqueue(const char *text, const char *caller, const vo
         if (fails) {
             std::unique_lock<std::mutex> again(engine().lock);
             engine().broken = code;
-        } else machine().grid(name, from, run, grid, block, shared, seed);
+        } else machine().grid(name, from, kernel, run, grid, block, shared, seed);
     }, NULL};
     return failed(e.add(hold, stream, entry));
 }

@@ -12,6 +12,7 @@
 struct emulated_cuda_thread {
     dim3 thread, block, block_dim, grid_dim;
     unsigned char *shared; /* the block's */
+    unsigned char *stack, *stack_end;
 };
 extern __thread const emulated_cuda_thread *emulated_cuda_now;
 #define threadIdx (emulated_cuda_now->thread)
@@ -29,8 +30,20 @@ void emulated_cuda_barrier();
 void emulated_cuda_copy(void *shared, const void *global, int bytes, int size);
 void emulated_cuda_copy_commit();
 void emulated_cuda_copy_wait(int groups);
-/* 16-byte rows of shared memory that lanes name: checked. */
-void emulated_cuda_shared_check(const char *name, const void *at, size_t bytes, size_t alignment);
+/* 16-byte rows of shared memory that lanes of ldmatrix name: checked. */
+void emulated_cuda_matrix_check(const char *name, const void *row);
+
+/* Who counts accesses to memory (memory.cc) is told when a kernel begins and ends, when threads [first, first + count) of a block stand at one place, and what is done for them. NULL: nobody does. */
+struct emulated_cuda_watch {
+    void (*begin)(size_t threads, const void *shared, size_t shared_bytes);
+    void (*met)(unsigned first, unsigned count);
+    void (*end)(const void *kernel);
+    void (*copied)(const void *pc, const void *shared, const void *global, int bytes, int size);
+    void (*matrix)(const void *pc, const void *row);
+};
+extern const emulated_cuda_watch *emulated_cuda_watching;
+/* Is the address in memory that cudaMalloc, cudaMallocHost or cudaHostRegister knows? The range that it is in, of the memory or between two. */
+bool emulated_cuda_range(const void *at, uintptr_t *begin, uintptr_t *end);
 
 /* EMULATED_CUDA_SKIP=norm.cu:175 leaves out the barrier or wait on that line: a fault that tests have to see (plant.sh). */
 extern int emulated_cuda_skip_line; /* 0: none */
@@ -202,25 +215,38 @@ static inline void llmpar__cu_mma_f16(float d[4], const uint32_t a[4], const uin
 struct emulated_cuda_ldmatrix { uint32_t *out; const void *row; };
 void emulated_cuda_ldmatrix_run(void **lanes, unsigned mask);
 void emulated_cuda_ldmatrix_trans_run(void **lanes, unsigned mask);
-static inline void llmpar__cu_ldmatrix_x4(uint32_t out[4], const void *row)
+static __forceinline__ void llmpar__cu_ldmatrix_x4(uint32_t out[4], const void *row)
 {
     emulated_cuda_ldmatrix own = {out, row};
-    emulated_cuda_shared_check("ldmatrix", row, 16, 16);
+    emulated_cuda_matrix_check("ldmatrix", row);
     emulated_cuda_warp("ldmatrix", emulated_cuda_ldmatrix_run, 0xffffffffu, &own);
 }
-static inline void llmpar__cu_ldmatrix_x4_trans(uint32_t out[4], const void *row)
+static __forceinline__ void llmpar__cu_ldmatrix_x4_trans(uint32_t out[4], const void *row)
 {
     emulated_cuda_ldmatrix own = {out, row};
-    emulated_cuda_shared_check("ldmatrix.trans", row, 16, 16);
+    emulated_cuda_matrix_check("ldmatrix.trans", row);
     emulated_cuda_warp("ldmatrix.trans", emulated_cuda_ldmatrix_trans_run, 0xffffffffu, &own);
 }
 
-static inline void llmpar__cu_copy_async(void *shared, const void *global, int bytes) { emulated_cuda_copy(shared, global, bytes, 16); }
-static inline void llmpar__cu_copy_async_4(void *shared, const void *global, int bytes) { emulated_cuda_copy(shared, global, bytes, 4); }
+static __forceinline__ void llmpar__cu_copy_async(void *shared, const void *global, int bytes) { emulated_cuda_copy(shared, global, bytes, 16); }
+static __forceinline__ void llmpar__cu_copy_async_4(void *shared, const void *global, int bytes) { emulated_cuda_copy(shared, global, bytes, 4); }
 static inline void llmpar__cu_copy_async_commit() { emulated_cuda_copy_commit(); }
 template <int Groups> static inline void llmpar__cu_copy_async_wait(const char *file = __builtin_FILE(), int line = __builtin_LINE())
 {
     if (!emulated_cuda_skips(file, line)) emulated_cuda_copy_wait(Groups);
+}
+
+struct __attribute__((aligned(16))) emulated_cuda_16 { uint32_t word[4]; };
+struct __attribute__((aligned(8))) emulated_cuda_8 { uint32_t word[2]; };
+static __forceinline__ void llmpar__cu_store_16(void *out, const uint32_t word[4])
+{
+    emulated_cuda_16 all = {{word[0], word[1], word[2], word[3]}};
+    *(emulated_cuda_16 *)out = all;
+}
+static __forceinline__ void llmpar__cu_store_8(void *out, uint32_t low, uint32_t high)
+{
+    emulated_cuda_8 all = {{low, high}};
+    *(emulated_cuda_8 *)out = all;
 }
 
 static inline unsigned llmpar__cu_block() { return blockIdx.x; }

@@ -7,8 +7,8 @@ jobs=${LLMPAR_TEST_JOBS:-$(nproc 2>/dev/null || echo 1)}
 export LLMPAR_TEST_QUICK=1 LLMPAR_TEST_FIRST=1
 
 bad() { failed=$((failed + 1)); echo "FAILED $1: $2"; [ -z "$3" ] || tail -n 8 "$3" | sed 's/^/    /'; }
-# Programs of the CUDA device run on its emulation, those of the NCCL communicator on a stand-in for NCCL.
-program() { case $1 in test_cuda_*) echo "build/emulated/$1" ;; test_nccl*) echo "build/nccl/$1" ;; *) echo "build/separate/$1" ;; esac; }
+# Programs of the CUDA device run on its emulation, those of the NCCL communicator on a stand-in for NCCL. memory_kernels: what shows in no result, but in how memory is used.
+program() { case $1 in memory_kernels) echo "build/emulated_memory/$1" ;; test_cuda_*) echo "build/emulated/$1" ;; test_nccl*) echo "build/nccl/$1" ;; *) echo "build/separate/$1" ;; esac; }
 build() { make -C $tree --no-print-directory CUDA_LIB=build/separate/llmpar.a "$(program "$1")" >$tree/build.log 2>&1; }
 run() { (cd $tree && timeout "$@" >run.log 2>&1) 2>/dev/null; } # SECONDS PROGRAM [TEST]
 
@@ -19,7 +19,7 @@ plant()
     name=$(basename "$patch" .patch)
     test=$(sed -n '1s/^test: //p' "$patch")
     fault=$(sed -n '2s/^fault: //p' "$patch")
-    if [ -z "$test" ] || [ ! -f "tests/$test.c" ]; then bad "$name" "line 1 has to be \"test: PROGRAM\", got \"$(head -n 1 "$patch")\""; return; fi
+    if [ -z "$test" ] || { [ ! -f "tests/$test.c" ] && [ ! -f "tests/emulated_cuda/$test.c" ]; }; then bad "$name" "line 1 has to be \"test: PROGRAM\", got \"$(head -n 1 "$patch")\""; return; fi
     if [ -z "${sound[$test]}" ]; then
         build "$test" || { bad "$name" "$test does not build without the fault" $tree/build.log; return; }
         cp "$tree/$(program "$test")" "$tree/build/sound/" # under its own name, which threads take theirs from
