@@ -140,6 +140,16 @@ static __device__ __forceinline__ void llmpar__cu_copy_async_4(void *shared, con
 static __device__ __forceinline__ void llmpar__cu_copy_async_commit() { asm volatile("cp.async.commit_group;\n" : : : "memory"); }
 template <int Groups> static __device__ __forceinline__ void llmpar__cu_copy_async_wait() { asm volatile("cp.async.wait_group %0;\n" : : "n"(Groups) : "memory"); }
 
+/* To global memory at once, aligned to the bytes. Where a store of the elements one by one is near, the compiler may take that of a struct apart and join parts of the two: then a warp's 16 bytes a lane become four stores. */
+static __device__ __forceinline__ void llmpar__cu_store_16(void *out, const uint32_t word[4])
+{
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" : : "l"(__cvta_generic_to_global(out)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+}
+static __device__ __forceinline__ void llmpar__cu_store_8(void *out, uint32_t low, uint32_t high)
+{
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};\n" : : "l"(__cvta_generic_to_global(out)), "r"(low), "r"(high) : "memory");
+}
+
 /* Two floats rounded to nearest even, `low` in the lower half. Hardware's NaN (0x7fff): for products inside kernels; what is stored for others goes through llmpar__cuda_store. */
 static __device__ __forceinline__ uint32_t llmpar__cu_pack_bf16(float low, float high)
 {
@@ -333,6 +343,8 @@ struct llmpar__cuda_f16 { uint16_t bits; };
 
 /* 16 bytes, as kernels move them where pointers and strides allow. */
 struct __align__(16) llmpar__cuda_16 { uint32_t word[4]; };
+/* Four elements at once: neighbours' bytes touch, of f32 and of a 16-bit type. */
+template <typename T> struct __align__((sizeof(T) < 4 ? 8 : 16)) llmpar__cuda_four { T x[4]; };
 /* Two neighbouring sums of mma.sync, likewise. */
 struct __align__(8) llmpar__cuda_pair_of_floats { float x[2]; };
 
@@ -1357,7 +1369,7 @@ typedef struct llmpar__cuda_embedding_job {
     uint32_t *begin, *listed, *list;
     int64_t leaf_rows;
     int slots, groups, levels, pair; /* leaves side by side; parts of a row's columns; levels of the tree over rounds of leaves; two columns at a time */
-    int lanes, wide;                 /* threads a row of the table, for rows with few tokens */
+    int lanes, wide, four;           /* for rows with few tokens: threads a row of the table; whether its rows are aligned to 16 bytes; whether those of dout to four columns */
 } llmpar__cuda_embedding_job;
 
 /* The first i in [low, high) with x[i] >= value, else high. */
@@ -1403,9 +1415,12 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
         for (int64_t c = (int64_t)((int)threadIdx.x % job.lanes) * 4; c < dim; c += 4 * job.lanes) {
             float x[LLMPAR__CUDA_EMBEDDING_FEW][4];
 #pragma unroll
-            for (int j = 0; j < LLMPAR__CUDA_EMBEDDING_FEW; j++)
+            for (int j = 0; j < LLMPAR__CUDA_EMBEDDING_FEW; j++) {
+                llmpar__cuda_four<T> four;
+                if (j < count && job.four) four = *(const llmpar__cuda_four<T> *)(const void *)(in[j] + c);
 #pragma unroll
-                for (int k = 0; k < 4; k++) x[j][k] = j < count && c + k < dim ? __fadd_rn(0.0f, llmpar__cuda_load(in[j][c + k])) : 0.0f;
+                for (int k = 0; k < 4; k++) x[j][k] = j < count && c + k < dim ? __fadd_rn(0.0f, llmpar__cuda_load(job.four ? four.x[k] : in[j][c + k])) : 0.0f;
+            }
 #pragma unroll
             for (int k = 0; k < 4; k++) x[0][k] = right ? __fadd_rn(x[0][k], __fadd_rn(x[1][k], x[2][k])) : __fadd_rn(__fadd_rn(x[0][k], x[1][k]), x[2][k]);
             llmpar__cuda_write(out + c, dim - c, job.wide, llmpar__cuda_pack<float>(x[0]));
@@ -1529,6 +1544,7 @@ template <typename T> static void llmpar__cuda_embedding_run_backward(llmpar_dev
     memset(&job, 0, sizeof job);
     job.lanes = llmpar__cuda_row_lanes(args->dim, 4);
     job.wide = llmpar__cuda_wide(args->dtable, args->dim * 4);
+    job.four = args->dim % 4 == 0 && (uintptr_t)args->dout % (4 * sizeof(T)) == 0;
     const int at_once = LLMPAR__CUDA_ROW_THREADS / job.lanes;
     if (l->rows > 0) {
         llmpar__cuda_embedding_sort(device, stream, args, l, base, &job);
@@ -2162,7 +2178,7 @@ template <int F16> static __device__ __forceinline__ void llmpar__cuda_gemm_half
                     else out.word[e | bit] = taken;
                 }
             if (row + 8 * i >= job.m) continue;
-            if (job.aligned && column + 8 * b + 8 <= job.n) *(llmpar__cuda_16 *)(void *)(c + 8 * b) = out;
+            if (job.aligned && column + 8 * b + 8 <= job.n) llmpar__cu_store_16(c + 8 * b, out.word);
             else {
 #pragma unroll
                 for (int e = 0; e < 8; e++)
@@ -2184,12 +2200,17 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_hal
         for (int b = 0; b < 8; b++) {
             int at = 32 * (i >> 1) + 4 * b + 2 * (i & 1);
             if (row + 8 * i >= job.m || column + 8 * b >= job.n) continue;
-            if (Load) {
+            if (job.aligned && column + 8 * b + 1 < job.n) {
+                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
+                if (!Load) *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
+                else {
+                    pair = *(const llmpar__cuda_pair_of_floats *)(const void *)(c + 8 * b);
+                    sum[at] = pair.x[0];
+                    sum[at + 1] = pair.x[1];
+                }
+            } else if (Load) {
                 sum[at] = c[8 * b];
                 if (column + 8 * b + 1 < job.n) sum[at + 1] = c[8 * b + 1];
-            } else if (job.aligned && column + 8 * b + 1 < job.n) {
-                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
-                *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
             } else {
                 c[8 * b] = sum[at];
                 if (column + 8 * b + 1 < job.n) c[8 * b + 1] = sum[at + 1];
@@ -2289,7 +2310,8 @@ enum {
 template <int Transposed> static __device__ __forceinline__ void llmpar__cuda_gemm_f32_copy(unsigned char *out, const unsigned char *in, int64_t ld, int extent, int k)
 {
     enum { SIDE = LLMPAR__CUDA_GEMM_F32_SIDE, K = LLMPAR__CUDA_GEMM_F32_K, WIDTH = Transposed ? SIDE : K, STEP = LLMPAR__CUDA_GEMM_THREADS / WIDTH, PASSES = (Transposed ? K : SIDE) / STEP };
-    int at = (int)threadIdx.x % WIDTH, row = (int)threadIdx.x / WIDTH;
+    /* Where it is turned, a warp takes 8 k of 4 rows: so it writes to all banks. */
+    int thread = (int)threadIdx.x, at = Transposed ? thread % WIDTH : (thread & 7) | (thread >> 2 & 8), row = Transposed ? thread / WIDTH : (thread >> 3 & 3) | (thread >> 4 & 12);
     int rows = at < (Transposed ? extent : k) ? (Transposed ? k : extent) - row : 0;
     in += row * ld + 4 * at;
     out += 4 * (Transposed ? row * LLMPAR__CUDA_GEMM_F32_ROW + at : at * LLMPAR__CUDA_GEMM_F32_ROW + row);
@@ -2329,11 +2351,15 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_f32
             int64_t r = row + (i >> 2) * 64 + (i & 3), j = column + 64 * h;
             float *c = (float *)job.c + r * job.ldc + j;
             if (r >= job.m) continue;
-            if (!Load && job.aligned && j + 4 <= job.n) {
-                llmpar__cuda_16 out;
+            if (job.aligned && j + 4 <= job.n) {
+                llmpar__cuda_16 four;
+                if (Load) four = *(const llmpar__cuda_16 *)(const void *)c;
 #pragma unroll
-                for (int e = 0; e < 4; e++) out.word[e] = __float_as_uint(sum[8 * i + 4 * h + e]);
-                *(llmpar__cuda_16 *)(void *)c = out;
+                for (int e = 0; e < 4; e++) {
+                    if (Load) sum[8 * i + 4 * h + e] = __uint_as_float(four.word[e]);
+                    else four.word[e] = __float_as_uint(sum[8 * i + 4 * h + e]);
+                }
+                if (!Load) llmpar__cu_store_16(c, four.word);
                 continue;
             }
 #pragma unroll
@@ -3346,7 +3372,7 @@ LLMPAR__CUDA_SLOT(attention, llmpar_attention_args)
     status = llmpar__cuda_attention_check(device, "attention", args, llmpar__cuda_attention_workspace(device, args), 0);
     if (status) return status;
     llmpar__cuda_attention_take(args, &all);
-    all.scores = (float *)(void *)(((uintptr_t)args->workspace + 3u) & ~(uintptr_t)3u);
+    all.scores = (float *)(void *)(((uintptr_t)args->workspace + 7u) & ~(uintptr_t)7u);
     step = llmpar__cuda_attention_sequences((args->tk + 15) / 16 * args->heads * 8, args->batch); /* more blocks a sequence than any kernel has */
     for (int64_t b = 0; !status && b < args->batch; b += step) {
         a = all;
@@ -3388,10 +3414,15 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     if (a.doc_start && first + TILE <= llmpar__cuda_document(a.doc_start + b * a.tk, offset)) return;
     llmpar__cuda_tile_load<E, TILE>(keys, llmpar__cuda_tile_mine<E>((const uint16_t *)a.k + b * a.tk_stride * a.ldk + (int64_t)kv * E, a.ldk), a.ldk, first, a.tk, a.wide);
     llmpar__cu_copy_async_commit();
-    for (int at = (int)threadIdx.x; at < ROWS * E; at += LLMPAR__CUDA_ATTENTION_THREADS) {
-        int row = at / E, x = at % E;
-        llmpar__cuda_tile_at<E>(queries, row, x / 8)[x % 8] = row < rows ? q[row / a.group * a.ldq + row % a.group * E + x] : (uint16_t)0;
+    for (int at = (int)threadIdx.x; at < ROWS * E / 8; at += LLMPAR__CUDA_ATTENTION_THREADS) {
+        int row = at / (E / 8), part = at % (E / 8);
+        uint16_t *to = llmpar__cuda_tile_at<E>(queries, row, part);
+        const uint16_t *from = q + row / a.group * a.ldq + row % a.group * E + part * 8;
+        if (a.wide) llmpar__cu_copy_async(to, from, row < rows ? 16 : 0);
+        else
+            for (int x = 0; x < 8; x++) to[x] = row < rows ? from[x] : (uint16_t)0;
     }
+    llmpar__cu_copy_async_commit();
     llmpar__cu_copy_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -3405,9 +3436,10 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int row = (lane >> 2) + 8 * (i >> 1), key = first + 16 * warp + 8 * n + 2 * (lane & 3) + (i & 1);
-            if (row < rows && key < a.tk) a.scores[(task * rows + row) * a.ld_scores + key] = s[n][i];
+        for (int r = 0; r < 2; r++) {
+            int row = (lane >> 2) + 8 * r, key = first + 16 * warp + 8 * n + 2 * (lane & 3);
+            llmpar__cuda_pair_of_floats two = { { s[n][2 * r], s[n][2 * r + 1] } };
+            if (row < rows && key < a.tk) *(llmpar__cuda_pair_of_floats *)(void *)(a.scores + (task * rows + row) * a.ld_scores + key) = two;
         }
 }
 
@@ -3443,7 +3475,7 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
     int position[2] = { offset + (lane >> 2) / a.group, offset + ((lane >> 2) + 8) / a.group }; /* of this thread's rows; behind the last query: none */
     const float *scores = a.scores + (task * rows + (lane >> 2)) * a.ld_scores;
     for (int low = offset, high; low < a.tk; low = high) {
-        int begin = llmpar__cuda_document(start, low);
+        int begin = llmpar__cuda_document(start, low), even = (begin & 1) == 0;
         high = llmpar__cuda_document_run(start, low, a.tk);
         for (int i = 0; i < STAGES - 1; i++) {
             llmpar__cuda_decode_load(tiles + i * TILE * COLUMNS, v, a.ldv, begin + i * TILE, high, a.wide);
@@ -3455,9 +3487,17 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int at = position[i >> 1], key = first + 8 * n + 2 * (lane & 3) + (i & 1);
-                    s[n][i] = at >= low && at < high && key <= at ? scores[(i >> 1) * 8 * a.ld_scores + key] : least;
+                for (int r = 0; r < 2; r++) {
+                    int at = position[r], key = first + 8 * n + 2 * (lane & 3), there = at >= low && at < high;
+                    const float *score = scores + r * 8 * a.ld_scores + key;
+                    llmpar__cuda_pair_of_floats two = { { least, least } };
+                    if (there && key <= at && even) two = *(const llmpar__cuda_pair_of_floats *)(const void *)score;
+                    else if (there && key <= at) {
+                        two.x[0] = score[0];
+                        if (key < at) two.x[1] = score[1];
+                    }
+                    s[n][2 * r] = two.x[0];
+                    s[n][2 * r + 1] = key < at ? two.x[1] : least;
                 }
             llmpar__cu_copy_async_wait<STAGES - 2>();
             __syncwarp(); /* no test can tell: the products of the tile before meet here too, but order no memory */
@@ -3501,7 +3541,7 @@ static size_t llmpar__cuda_attention_decode_workspace(const llmpar_attention_arg
 {
     int64_t group = args->heads / args->kv_heads, queries = LLMPAR__CUDA_ATTENTION_FEW / group;
     if (queries > args->tq) queries = args->tq;
-    return queries > 0 ? (size_t)(args->batch * args->heads * queries * args->tk) * sizeof(float) + 3 : 0;
+    return queries > 0 ? (size_t)(args->batch * args->heads * queries * ((args->tk + 1) & ~(int64_t)1)) * sizeof(float) + 7 : 0;
 }
 
 template <typename Type> static void llmpar__cuda_decode_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a)
@@ -3516,7 +3556,7 @@ template <typename Type> static void llmpar__cuda_decode_launch(llmpar_device *d
 
 static void llmpar__cuda_attention_decode(llmpar_device *device, llmpar_stream *stream, llmpar__cuda_attention_call a)
 {
-    a.ld_scores = a.tk;
+    a.ld_scores = (a.tk + 1) & ~1; /* scores come and go in pairs */
     if (a.dtype == LLMPAR_BF16) llmpar__cuda_decode_launch<llmpar__cuda_bf16>(device, stream, &a);
     else llmpar__cuda_decode_launch<llmpar__cuda_f16>(device, stream, &a);
 }
@@ -3526,7 +3566,7 @@ static void llmpar__cuda_attention_decode(llmpar_device *device, llmpar_stream *
 /* ==== src/cuda/attention_backward.cu ==== */
 /* attention_backward: dq, dk, dv of causal attention (Dao 2023, "FlashAttention-2", algorithm 2, cut in two so that no sum is shared between blocks).
 
-     delta[b,h,i] = sum_e dout * out                          one warp a row
+     delta[b,h,i] = sum_e dout * out                          one warp a row, or eight rows of 16-bit elements
      P = 2^(scale s - lse), dS = P * (dout v^T - delta)       computed again by whoever needs them, from lse
      dv = P^T dout, dk = scale dS^T q                         a block owns keys of one head and walks the queries below the diagonal
      dq = scale dS k                                          a block owns queries of one head and walks the keys left of the diagonal
@@ -3545,20 +3585,33 @@ static void llmpar__cuda_attention_decode(llmpar_device *device, llmpar_stream *
 
 /* ---- rows ---- */
 
-/* A warp a row: lane l sums elements l, l + 32, .., then the lanes' sums are added in a tree. Of its document's last row the first head's warp notes the end. */
-template <typename Type> static __global__ void llmpar__cuda_attention_delta(llmpar__cuda_attention_call a, int64_t rows)
+/* Elements l, l + 32, .. of a row are one sum, and those 32 are added in a tree: l and l ^ 16, .., l and l ^ 1. Lanes threads (32, or 4 that read 16 bytes) have a row, each of them neighbouring sums, as many as there are to each.
+   Of its document's last row the first head's thread notes the end. */
+template <typename Type, int Lanes> static __global__ void llmpar__cuda_attention_delta(llmpar__cuda_attention_call a, int64_t rows)
 {
-    int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, token = row / a.heads, b = token / a.tq;
-    int lane = (int)threadIdx.x & 31, h = (int)(row % a.heads), i = (int)(token % a.tq);
-    const Type *out, *dout;
-    float sum = 0;
-    if (row >= rows) return;
-    out = (const Type *)a.out + token * a.ldo + (int64_t)h * a.head_dim;
-    dout = (const Type *)a.dout + token * a.ldo + (int64_t)h * a.head_dim;
-    for (int x = lane; x < a.head_dim; x += 32) sum = __fmaf_rn(llmpar__cuda_load(out[x]), llmpar__cuda_load(dout[x]), sum);
-    sum = llmpar__cuda_attention_sum(sum);
-    if (lane) return;
-    a.delta[(b * a.heads + h) * a.tq + i] = sum;
+    enum { EACH = 32 / Lanes };
+    struct __align__(EACH * sizeof(Type)) part { Type x[EACH]; };
+    int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / Lanes, token = row / a.heads, b = token / a.tq;
+    int lane = (int)threadIdx.x % Lanes, h = (int)(row % a.heads), i = (int)(token % a.tq), end = row < rows ? a.head_dim : 0;
+    const Type *out = (const Type *)a.out + token * a.ldo + (int64_t)h * a.head_dim, *dout = (const Type *)a.dout + token * a.ldo + (int64_t)h * a.head_dim;
+    float sum[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; k++) sum[k] = 0;
+    for (int x = lane * EACH; x < end; x += 32) {
+        const part left = *(const part *)(const void *)(out + x), right = *(const part *)(const void *)(dout + x);
+#pragma unroll
+        for (int k = 0; k < EACH; k++) sum[k] = __fmaf_rn(llmpar__cuda_load(left.x[k]), llmpar__cuda_load(right.x[k]), sum[k]);
+    }
+#pragma unroll
+    for (int step = Lanes / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int k = 0; k < EACH; k++) sum[k] = __fadd_rn(sum[k], __shfl_xor_sync(0xffffffffu, sum[k], step));
+#pragma unroll
+    for (int half = EACH / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int k = 0; k < half; k++) sum[k] = __fadd_rn(sum[k], sum[k + half]);
+    if (lane || row >= rows) return;
+    a.delta[(b * a.heads + h) * a.tq + i] = sum[0];
     if (h == 0 && a.doc_start) {
         const int32_t *start = a.doc_start + b * a.tk;
         if (i + 1 == a.tk || start[i + 1] != start[i]) a.doc_end[b * a.tk + llmpar__cuda_document(start, i)] = i + 1;
@@ -3593,8 +3646,7 @@ template <typename Type, int E> static __device__ __forceinline__ void llmpar__c
             int x = 8 * n + 2 * (lane & 3);
             float low = __fadd_rn(__fmul_rn(sum[n][2 * r], factor), 0.0f), high = __fadd_rn(__fmul_rn(sum[n][2 * r + 1], factor), 0.0f);
             if (heads) {
-                llmpar__cuda_pair_of_floats two = { { low, high } };
-                *(llmpar__cuda_pair_of_floats *)(void *)(heads + (row * a.heads + h) * E + x) = two;
+                llmpar__cu_store_8(heads + (row * a.heads + h) * E + x, __float_as_uint(low), __float_as_uint(high));
             } else if (a.dkv_float) {
                 float *to = (float *)out + row * ld + (int64_t)kv * E + x;
                 to[0] = low;
@@ -3746,8 +3798,30 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     }
 }
 
+/* Width sums, 1 or 4, rounded. */
+template <int Width, typename Half> static __device__ __forceinline__ void llmpar__cuda_attention_tree_store(Half *out, const float *sum)
+{
+    uint32_t word[2] = { 0, 0 };
+#pragma unroll
+    for (int k = 0; k < Width; k++) {
+        Half x;
+        llmpar__cuda_store(&x, sum[k]);
+        word[k / 2] |= (uint32_t)x.bits << 16 * (k % 2);
+    }
+    if (Width == 4) llmpar__cu_store_8(out, word[0], word[1]);
+    else out->bits = (uint16_t)word[0];
+}
+template <int Width> static __device__ __forceinline__ void llmpar__cuda_attention_tree_store(float *out, const float *sum)
+{
+    uint32_t word[4];
+#pragma unroll
+    for (int k = 0; k < Width; k++) word[k] = __float_as_uint(sum[k]);
+    if (Width == 4) llmpar__cu_store_16(out, word);
+    else *out = sum[0];
+}
+
 /* out[token, kv, :] = tree over the group's heads: groups of `odd` heads, cut at the largest power of two below, and 2^n of these cut in halves. Both are the binary tree over places of which those behind the
-   odd heads are empty: +0, which changes no sum, since none is -0. A thread takes Width neighbours; count: of such, in dk. */
+   odd heads are empty: +0, which changes no sum, since none is -0. A thread takes Width neighbours, 4 where they can be stored at once; count: of such, in dk. */
 template <int Width> static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a, int64_t count, int odd, int places)
 {
     int64_t e = a.head_dim, stride = (int64_t)gridDim.x * blockDim.x;
@@ -3781,12 +3855,9 @@ template <int Width> static __global__ void llmpar__cuda_attention_tree(llmpar__
                     }
                 }
             }
-#pragma unroll
-        for (int k = 0; k < Width; k++) {
-            if (a.dkv_float) ((float *)out)[to + k] = sum[k];
-            else if (a.dtype == LLMPAR_BF16) llmpar__cuda_store((llmpar__cuda_bf16 *)out + to + k, sum[k]);
-            else llmpar__cuda_store((llmpar__cuda_f16 *)out + to + k, sum[k]);
-        }
+        if (a.dkv_float) llmpar__cuda_attention_tree_store<Width>((float *)out + to, sum);
+        else if (a.dtype == LLMPAR_BF16) llmpar__cuda_attention_tree_store<Width>((llmpar__cuda_bf16 *)out + to, sum);
+        else llmpar__cuda_attention_tree_store<Width>((llmpar__cuda_f16 *)out + to, sum);
     }
 }
 
@@ -3972,26 +4043,34 @@ template <typename Type, int E> static void llmpar__cuda_attention_backward_laun
     llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dq<Type, E>, dim3((unsigned)(tasks * ((a->tq + DQ - 1) / DQ))), block, (size_t)(2 * DQ + 4 * STEP) * E * 2 + pointers, *a);
 }
 
+template <typename Type, int Lanes> static void llmpar__cuda_attention_delta_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a)
+{
+    int64_t rows = a->batch * a->heads * a->tq;
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<Type, Lanes>, dim3((unsigned)((rows * Lanes + 255) / 256)), dim3(256), 0, *a, rows);
+}
+
 /* Some sequences. */
 static llmpar_status llmpar__cuda_attention_backward_part(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a, int by_mma)
 {
     llmpar__cuda *cuda = llmpar__cuda_of(device);
-    int64_t rows = a->batch * a->heads * a->tq, count = a->batch * a->tk * a->kv_heads * a->head_dim;
-    dim3 blocks((unsigned)((rows + 7) / 8)), block(256);
+    int64_t count = a->batch * a->tk * a->kv_heads * a->head_dim;
+    int narrow = !a->wide || (uintptr_t)a->out % 16 || a->head_dim % 32;
     llmpar_status status = LLMPAR_OK;
-    if (a->dtype == LLMPAR_BF16) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<llmpar__cuda_bf16>, blocks, block, 0, *a, rows);
-    else if (a->dtype == LLMPAR_F16) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<llmpar__cuda_f16>, blocks, block, 0, *a, rows);
-    else llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<float>, blocks, block, 0, *a, rows);
+    if (a->dtype == LLMPAR_F32) llmpar__cuda_attention_delta_launch<float, 32>(device, stream, a);
+    else if (a->dtype == LLMPAR_BF16 && narrow) llmpar__cuda_attention_delta_launch<llmpar__cuda_bf16, 32>(device, stream, a);
+    else if (a->dtype == LLMPAR_BF16) llmpar__cuda_attention_delta_launch<llmpar__cuda_bf16, 4>(device, stream, a);
+    else if (narrow) llmpar__cuda_attention_delta_launch<llmpar__cuda_f16, 32>(device, stream, a);
+    else llmpar__cuda_attention_delta_launch<llmpar__cuda_f16, 4>(device, stream, a);
     if (!by_mma) status = llmpar__cuda_attention_simple_backward(device, stream, *a);
     else if (a->dtype == LLMPAR_BF16 && a->head_dim == 64) llmpar__cuda_attention_backward_launch<llmpar__cuda_bf16, 64>(device, stream, a);
     else if (a->dtype == LLMPAR_BF16) llmpar__cuda_attention_backward_launch<llmpar__cuda_bf16, 128>(device, stream, a);
     else if (a->head_dim == 64) llmpar__cuda_attention_backward_launch<llmpar__cuda_f16, 64>(device, stream, a);
     else llmpar__cuda_attention_backward_launch<llmpar__cuda_f16, 128>(device, stream, a);
     if (!status && a->dk_heads) {
-        int odd = a->group, places = 1;
+        int odd = a->group, places = 1, size = a->dkv_float ? 4 : 2;
         while (odd % 2 == 0) odd /= 2;
         while (places < odd) places *= 2;
-        if (a->head_dim % 4 == 0) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<4>, dim3(llmpar__cuda_blocks(cuda, count / 2, 256, 8)), dim3(256), 0, *a, count / 4, odd, places);
+        if (a->head_dim % 4 == 0 && (((uintptr_t)a->dk | (uintptr_t)a->dv | (uintptr_t)((a->ld_dk | a->ld_dv) * size)) & (uintptr_t)(4 * size - 1)) == 0) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<4>, dim3(llmpar__cuda_blocks(cuda, count / 2, 256, 8)), dim3(256), 0, *a, count / 4, odd, places);
         else llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree<1>, dim3(llmpar__cuda_blocks(cuda, 2 * count, 256, 8)), dim3(256), 0, *a, count, odd, places);
     }
     return status;
@@ -4538,7 +4617,7 @@ static llmpar_status llmpar__cuda_attention_cudnn(llmpar_device *device, llmpar_
 /* ==== src/cuda/cast.cu ==== */
 /* cast: out[i] = in[i] in another type, with the bits of llmpar_convert (base/dtype.h), NaNs included: what moves between the host and the device must not show where it was rounded.
 
-   A thread takes eight elements, 16 bytes of a 16-bit type and 32 of f32, where both pointers are 16-byte aligned, and one at a time where they are not and at the end. Narrowing from f64 goes through f32 bits
+   A thread takes four elements and four a block further on, where both pointers are 16-byte aligned, and one at a time where they are not and at the end: so neighbours' bytes touch, of the narrow type and of the wide one. Narrowing from f64 goes through f32 bits
    rounded to odd, whose second rounding gives what one rounding from f64 gives (Boldo & Melquiond 2008). */
 
 /* ---- one element ---- */
@@ -4584,26 +4663,31 @@ static __device__ __forceinline__ void llmpar__cuda_cast_one(float *out, double 
 
 /* ---- the kernel ---- */
 
-template <typename T> struct __align__(16) llmpar__cuda_eight { T x[8]; };
-
-/* groups: of eight elements; 0 where a pointer is not aligned. */
+/* groups: of four elements; 0 where a pointer is not aligned. */
 template <typename In, typename Out> __global__ void __launch_bounds__(256) llmpar__cuda_cast_kernel(Out *out, const In *in, int64_t count, int64_t groups)
 {
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = first; i < groups; i += step) {
-        llmpar__cuda_eight<In> from = ((const llmpar__cuda_eight<In> *)(const void *)in)[i];
-        llmpar__cuda_eight<Out> to;
+    for (int64_t i = first + (int64_t)blockIdx.x * blockDim.x; i < groups; i += 2 * step) {
+        llmpar__cuda_four<In> from[2];
+        llmpar__cuda_four<Out> to;
 #pragma unroll
-        for (int k = 0; k < 8; k++) llmpar__cuda_cast_one(&to.x[k], from.x[k]);
-        ((llmpar__cuda_eight<Out> *)(void *)out)[i] = to;
+        for (int j = 0; j < 2; j++)
+            if (i + j * blockDim.x < groups) from[j] = ((const llmpar__cuda_four<In> *)(const void *)in)[i + j * blockDim.x];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if (i + j * blockDim.x >= groups) continue;
+#pragma unroll
+            for (int k = 0; k < 4; k++) llmpar__cuda_cast_one(&to.x[k], from[j].x[k]);
+            ((llmpar__cuda_four<Out> *)(void *)out)[i + j * blockDim.x] = to;
+        }
     }
-    for (int64_t i = 8 * groups + first; i < count; i += step) llmpar__cuda_cast_one(out + i, in[i]);
+    for (int64_t i = 4 * groups + first; i < count; i += step) llmpar__cuda_cast_one(out + i, in[i]);
 }
 
 /* The null pointers name the types. */
 template <typename In, typename Out> static llmpar_status llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *, const Out *)
 {
-    int64_t count = (int64_t)args->count, groups = (((uintptr_t)args->in | (uintptr_t)args->out) & 15) ? 0 : count / 8;
+    int64_t count = (int64_t)args->count, groups = (((uintptr_t)args->in | (uintptr_t)args->out) & 15) ? 0 : count / 4;
     unsigned blocks = llmpar__cuda_blocks(llmpar__cuda_of(device), groups ? (count + 7) / 8 : count, 256, 8);
     llmpar__cuda_launch(device, stream, llmpar__cuda_cast_kernel<In, Out>, dim3(blocks), dim3(256), 0, (Out *)args->out, (const In *)args->in, count, groups);
     return llmpar__cuda_end(device, stream, "cast");
@@ -4803,8 +4887,6 @@ static llmpar_status llmpar__cuda_max(llmpar_device *device, llmpar_stream *stre
 
    Callers hold parameters, gradients and moments in flat buffers (fsdp/flat.c), so one call is one launch for many tensors. A thread takes four elements of each buffer, 16 bytes, where all are 16-byte aligned. */
 
-struct __align__(16) llmpar__cuda_four { float x[4]; };
-
 /* 1 - a * b in two roundings: the host's compiler may have fused multiply-adds. */
 static double llmpar__cuda_rest_of_product(double a, double b)
 {
@@ -4829,13 +4911,13 @@ __global__ void __launch_bounds__(256) llmpar__cuda_adamw_kernel(const llmpar__c
 {
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = first; i < groups; i += step) {
-        llmpar__cuda_four p4 = ((const llmpar__cuda_four *)(const void *)p)[i], g4 = ((const llmpar__cuda_four *)(const void *)g)[i];
-        llmpar__cuda_four m4 = ((const llmpar__cuda_four *)(const void *)m)[i], v4 = ((const llmpar__cuda_four *)(const void *)v)[i];
+        llmpar__cuda_four<float> p4 = ((const llmpar__cuda_four<float> *)(const void *)p)[i], g4 = ((const llmpar__cuda_four<float> *)(const void *)g)[i];
+        llmpar__cuda_four<float> m4 = ((const llmpar__cuda_four<float> *)(const void *)m)[i], v4 = ((const llmpar__cuda_four<float> *)(const void *)v)[i];
 #pragma unroll
         for (int k = 0; k < 4; k++) llmpar__cuda_adamw_one(s, &p4.x[k], g4.x[k], &m4.x[k], &v4.x[k]);
-        ((llmpar__cuda_four *)(void *)p)[i] = p4;
-        ((llmpar__cuda_four *)(void *)m)[i] = m4;
-        ((llmpar__cuda_four *)(void *)v)[i] = v4;
+        ((llmpar__cuda_four<float> *)(void *)p)[i] = p4;
+        ((llmpar__cuda_four<float> *)(void *)m)[i] = m4;
+        ((llmpar__cuda_four<float> *)(void *)v)[i] = v4;
     }
     for (int64_t i = 4 * groups + first; i < count; i += step) llmpar__cuda_adamw_one(s, p + i, g[i], m + i, v + i);
 }
@@ -4882,12 +4964,12 @@ __global__ void __launch_bounds__(256) llmpar__cuda_sgd_kernel(const llmpar__cud
 {
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = first; i < groups; i += step) {
-        llmpar__cuda_four p4 = ((const llmpar__cuda_four *)(const void *)p)[i], g4 = ((const llmpar__cuda_four *)(const void *)g)[i], m4 = g4;
-        if (m) m4 = ((const llmpar__cuda_four *)(const void *)m)[i];
+        llmpar__cuda_four<float> p4 = ((const llmpar__cuda_four<float> *)(const void *)p)[i], g4 = ((const llmpar__cuda_four<float> *)(const void *)g)[i], m4 = g4;
+        if (m) m4 = ((const llmpar__cuda_four<float> *)(const void *)m)[i];
 #pragma unroll
         for (int k = 0; k < 4; k++) llmpar__cuda_sgd_one(s, &p4.x[k], g4.x[k], m ? &m4.x[k] : NULL);
-        ((llmpar__cuda_four *)(void *)p)[i] = p4;
-        if (m) ((llmpar__cuda_four *)(void *)m)[i] = m4;
+        ((llmpar__cuda_four<float> *)(void *)p)[i] = p4;
+        if (m) ((llmpar__cuda_four<float> *)(void *)m)[i] = m4;
     }
     for (int64_t i = 4 * groups + first; i < count; i += step) llmpar__cuda_sgd_one(s, p + i, g[i], m ? m + i : NULL);
 }
