@@ -48,6 +48,15 @@ int listen(int fd, int backlog)
     return -1;
 }
 
+static int full; /* so many times rank 0 is out of files when somebody comes */
+int accept(int fd, struct sockaddr *address, socklen_t *length)
+{
+    if (__atomic_load_n(&full, __ATOMIC_SEQ_CST) <= 0) return (int)syscall(SYS_accept4, fd, address, length, 0);
+    __atomic_sub_fetch(&full, 1, __ATOMIC_SEQ_CST);
+    errno = EMFILE;
+    return -1;
+}
+
 /* ---- running ---- */
 
 typedef struct outcome { llmpar_status job, status[MOST]; llmpar_error error; char text[MOST][1600]; double seconds[MOST]; } outcome;
@@ -632,6 +641,19 @@ TIMED(rank_0_cannot_listen)
     CHECK(rmdir(directory) == 0);
 }
 
+TIMED(rank_0_has_no_more_files)
+{
+    llmpar_nccl_desc desc = { .deadline = 60 };
+    double begin = test_clock();
+    fake_nccl_reset();
+    full = 1;
+    run(3, &desc, several, NULL);
+    full = 0;
+    CHECK_STATUS(seen.job, LLMPAR_ERR_IO);
+    CHECK_TEXT(seen.error.text, "nccl: the meeting: rank 0 cannot take the connections of 3 ranks: Too many open files");
+    CHECK(test_clock() - begin < 30 * test_slow);
+}
+
 /* ---- strangers ---- */
 
 typedef struct stranger { int port, how, stop; } stranger;
@@ -761,4 +783,4 @@ TEST(split_without_memory)
 }
 
 TEST_LIST(T_(several_communicators_wait), T_(destroyed_in_any_order), T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
-          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))
+          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(rank_0_has_no_more_files), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))

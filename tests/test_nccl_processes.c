@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -340,6 +341,31 @@ TIMED(a_process_is_killed_at_the_meeting)
     rig_comm = NULL;
 }
 
+/* Rank 0 needs a file for each rank: 67 here. It takes what the system allows, or says at once what is missing. */
+static llmpar_status few_files(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    struct rlimit files;
+    if (ctx->rank == 0 && !getrlimit(RLIMIT_NOFILE, &files)) {
+        files.rlim_cur = 66;
+        if (desc->silence > 0) files.rlim_max = 66;
+        CHECK(!setrlimit(RLIMIT_NOFILE, &files));
+    }
+    llmpar_status st = llmpar_nccl_comm_create(ctx, device, desc, out);
+    CHECK(ctx->rank || (!getrlimit(RLIMIT_NOFILE, &files) && (desc->silence > 0 || files.rlim_cur >= 67)));
+    return st;
+}
+TIMED(few_files_are_allowed)
+{
+    llmpar_nccl_desc desc = { .deadline = 60 };
+    rig_comm = few_files;
+    run(3, &desc, values, NULL);
+    for (int r = 0; r < 3; r++) CHECK_STATUS(seen[r].status, LLMPAR_OK);
+    desc.silence = 9;
+    run(3, &desc, values, NULL);
+    all_say(3, LLMPAR_ERR_CONFIG, 0, "nccl: rank 0 holds a connection to each of 3 ranks, but may open 66 files, expected at least 67 (ulimit -n)");
+    rig_comm = NULL;
+}
+
 typedef struct end { int who, by; } end;
 static llmpar_status ends(llmpar_ctx *ctx, void *user)
 {
@@ -371,7 +397,7 @@ TIMED(a_process_is_stopped)
     all_say(3, LLMPAR_ERR_TIMEOUT, 1, "has given no sign of life for 1.5 s");
 }
 
-TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(neighbouring_jobs), T_(a_process_is_killed_at_the_meeting), T_(a_process_is_killed), T_(a_process_is_stopped))
+TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(neighbouring_jobs), T_(a_process_is_killed_at_the_meeting), T_(few_files_are_allowed), T_(a_process_is_killed), T_(a_process_is_stopped))
 
 #else
 

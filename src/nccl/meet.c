@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define LLMPAR__NCCL_PLACE 1024   /* bytes of the text that says where rank 0 is */
@@ -90,6 +91,18 @@ static llmpar_status llmpar__nccl_address(llmpar__nccl_world *world, const char 
 }
 
 /* ---- rank 0 ---- */
+
+/* A connection to every rank is a file, and what else a rank opens: as many as the system allows, as NCCL itself asks of it. */
+static llmpar_status llmpar__nccl_files(const llmpar__nccl_world *world)
+{
+    struct rlimit files;
+    rlim_t need = (rlim_t)world->ranks + 64;
+    if (getrlimit(RLIMIT_NOFILE, &files) || files.rlim_cur >= need) return LLMPAR_OK;
+    files.rlim_cur = files.rlim_max;
+    if (files.rlim_max >= need && !setrlimit(RLIMIT_NOFILE, &files)) return LLMPAR_OK;
+    return llmpar_error_set(world->error, LLMPAR_ERR_CONFIG, "nccl: rank 0 holds a connection to each of %d ranks, but may open %llu files, expected at least %llu (ulimit -n)", (int)world->ranks, (unsigned long long)files.rlim_max,
+                            (unsigned long long)need);
+}
 
 /* Listens, and says where. host_comm's broadcast takes place on every path. */
 static llmpar_status llmpar__nccl_open(llmpar__nccl_world *world, llmpar_ctx *ctx, llmpar_status st, int *listener, uint64_t *key)
@@ -292,17 +305,21 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
             stranger[waiting].since = looked;
             stranger[waiting++].got = 0;
         }
-        looked = now;
+        if (waiting < LLMPAR__NCCL_STRANGERS) { /* else others may be waiting at the door */
+            if ((errno == EMFILE || errno == ENFILE) && !error->status) {
+                llmpar_error_set(error, LLMPAR_ERR_IO, "nccl: the meeting: rank 0 cannot take the connections of %d ranks: %s", (int)world->ranks, strerror(errno));
+                error->rank = 0;
+            }
+            looked = now;
+        }
         for (int i = 0; i < waiting; i++) {
             llmpar__nccl_stranger *s = &stranger[i];
             size_t left = sizeof s->hello - s->got;
-            int got = 1, keep = 0;
-            while (left && got == 1 && llmpar__nccl_readable(s->fd, 0)) {
-                got = llmpar__nccl_receive_all(s->fd, (char *)&s->hello + s->got, 1, now);
-                if (got == 1) s->got++, left--;
-            }
+            int keep = 0;
+            long got = llmpar__nccl_receive_some(s->fd, (char *)&s->hello + s->got, left);
+            if (got > 0) s->got += (size_t)got, left -= (size_t)got;
             int known = s->got < sizeof s->hello.magic || (!memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic) && !llmpar__nccl_foreign(s, key, error));
-            if (left && got == 1 && known && now < s->since + 5) continue;
+            if (left && got >= 0 && known && now < s->since + 5) continue;
             if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, s->since, error);
             if (!left && !keep && error->status && llmpar__nccl_ours(&s->hello, key)) llmpar__nccl_welcome_one(world, s->fd, error, id);
             if (!keep) llmpar__nccl_close(&s->fd);
@@ -351,6 +368,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
         llmpar_heap_free(world->heap, stranger);
         return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
     }
+    if (!st) st = llmpar__nccl_files(world);
     st = llmpar__nccl_open(world, ctx, st, &listener, &key);
     llmpar_error_clear(&error);
     if (st) {

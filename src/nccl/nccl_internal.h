@@ -199,6 +199,7 @@ LLMPAR__PRIVATE void llmpar__nccl_own_host(char *host, size_t capacity);
 LLMPAR__PRIVATE void llmpar__nccl_own_boot(char *boot, size_t capacity); /* empty: the system does not say */
 LLMPAR__PRIVATE int llmpar__nccl_send_all(int fd, const void *bytes, size_t count, double limit);  /* 1: done */
 LLMPAR__PRIVATE int llmpar__nccl_receive_all(int fd, void *bytes, size_t count, double limit);     /* 1: done; 0: over; -1: time is up */
+LLMPAR__PRIVATE long llmpar__nccl_receive_some(int fd, void *bytes, size_t count);                 /* as much as is there: bytes, or -1: over */
 LLMPAR__PRIVATE int llmpar__nccl_readable(int fd, double seconds);
 LLMPAR__PRIVATE int llmpar__nccl_gone(int fd); /* the other side has closed it, and nothing is left to read */
 LLMPAR__PRIVATE void llmpar__nccl_close(int *fd);

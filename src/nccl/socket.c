@@ -108,7 +108,7 @@ static int llmpar__nccl_bind(int family, int port, int loopback, int *bound, int
         four->sin_addr.s_addr = htonl(loopback ? INADDR_LOOPBACK : INADDR_ANY);
         length = sizeof *four;
     }
-    if (bind(fd, (struct sockaddr *)(void *)&address, length) || listen(fd, 256) || getsockname(fd, (struct sockaddr *)(void *)&address, &length) || !llmpar__nccl_prepare(fd)) {
+    if (bind(fd, (struct sockaddr *)(void *)&address, length) || listen(fd, 4096) || getsockname(fd, (struct sockaddr *)(void *)&address, &length) || !llmpar__nccl_prepare(fd)) {
         *failure = errno;
         close(fd);
         return -1;
@@ -180,6 +180,13 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_send_all(int fd, const void *bytes, size_t 
         llmpar__nccl_nap(0.001);
     }
     return 1;
+}
+
+LLMPAR__PRIVATE_DEF long llmpar__nccl_receive_some(int fd, void *bytes, size_t count)
+{
+    ssize_t got = recv(fd, bytes, count, 0);
+    if (got > 0) return (long)got;
+    return got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) ? 0 : -1;
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__nccl_receive_all(int fd, void *bytes, size_t count, double limit)
