@@ -289,6 +289,7 @@ LLMPAR__PRIVATE void llmpar__nccl_own_host(char *host, size_t capacity);
 LLMPAR__PRIVATE void llmpar__nccl_own_boot(char *boot, size_t capacity); /* empty: the system does not say */
 LLMPAR__PRIVATE int llmpar__nccl_send_all(int fd, const void *bytes, size_t count, double limit);  /* 1: done */
 LLMPAR__PRIVATE int llmpar__nccl_receive_all(int fd, void *bytes, size_t count, double limit);     /* 1: done; 0: over; -1: time is up */
+LLMPAR__PRIVATE long llmpar__nccl_receive_some(int fd, void *bytes, size_t count);                 /* as much as is there: bytes, or -1: over */
 LLMPAR__PRIVATE int llmpar__nccl_readable(int fd, double seconds);
 LLMPAR__PRIVATE int llmpar__nccl_gone(int fd); /* the other side has closed it, and nothing is left to read */
 LLMPAR__PRIVATE void llmpar__nccl_close(int *fd);
@@ -457,7 +458,7 @@ static int llmpar__nccl_bind(int family, int port, int loopback, int *bound, int
         four->sin_addr.s_addr = htonl(loopback ? INADDR_LOOPBACK : INADDR_ANY);
         length = sizeof *four;
     }
-    if (bind(fd, (struct sockaddr *)(void *)&address, length) || listen(fd, 256) || getsockname(fd, (struct sockaddr *)(void *)&address, &length) || !llmpar__nccl_prepare(fd)) {
+    if (bind(fd, (struct sockaddr *)(void *)&address, length) || listen(fd, 4096) || getsockname(fd, (struct sockaddr *)(void *)&address, &length) || !llmpar__nccl_prepare(fd)) {
         *failure = errno;
         close(fd);
         return -1;
@@ -529,6 +530,13 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_send_all(int fd, const void *bytes, size_t 
         llmpar__nccl_nap(0.001);
     }
     return 1;
+}
+
+LLMPAR__PRIVATE_DEF long llmpar__nccl_receive_some(int fd, void *bytes, size_t count)
+{
+    ssize_t got = recv(fd, bytes, count, 0);
+    if (got > 0) return (long)got;
+    return got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) ? 0 : -1;
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__nccl_receive_all(int fd, void *bytes, size_t count, double limit)
@@ -724,6 +732,8 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_pipe(int fds[2])
    Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike; once there
    is an error, everybody who is there gets it at once and goes. A rank whose accept has come in time stays on its connection: if that breaks, the rank is gone. */
 
+#include <sys/resource.h>
+
 #define LLMPAR__NCCL_PLACE 1024   /* bytes of the text that says where rank 0 is */
 #define LLMPAR__NCCL_STRANGERS 64 /* connections that have not said hello yet, at most */
 #define LLMPAR__NCCL_PORTS 16
@@ -799,6 +809,18 @@ static llmpar_status llmpar__nccl_address(llmpar__nccl_world *world, const char 
 }
 
 /* ---- rank 0 ---- */
+
+/* A connection to every rank is a file, and what else a rank opens: as many as the system allows, as NCCL itself asks of it. */
+static llmpar_status llmpar__nccl_files(const llmpar__nccl_world *world)
+{
+    struct rlimit files;
+    rlim_t need = (rlim_t)world->ranks + 64;
+    if (getrlimit(RLIMIT_NOFILE, &files) || files.rlim_cur >= need) return LLMPAR_OK;
+    files.rlim_cur = files.rlim_max;
+    if (files.rlim_max >= need && !setrlimit(RLIMIT_NOFILE, &files)) return LLMPAR_OK;
+    return llmpar_error_set(world->error, LLMPAR_ERR_CONFIG, "nccl: rank 0 holds a connection to each of %d ranks, but may open %llu files, expected at least %llu (ulimit -n)", (int)world->ranks, (unsigned long long)files.rlim_max,
+                            (unsigned long long)need);
+}
 
 /* Listens, and says where. host_comm's broadcast takes place on every path. */
 static llmpar_status llmpar__nccl_open(llmpar__nccl_world *world, llmpar_ctx *ctx, llmpar_status st, int *listener, uint64_t *key)
@@ -1001,17 +1023,21 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
             stranger[waiting].since = looked;
             stranger[waiting++].got = 0;
         }
-        looked = now;
+        if (waiting < LLMPAR__NCCL_STRANGERS) { /* else others may be waiting at the door */
+            if ((errno == EMFILE || errno == ENFILE) && !error->status) {
+                llmpar_error_set(error, LLMPAR_ERR_IO, "nccl: the meeting: rank 0 cannot take the connections of %d ranks: %s", (int)world->ranks, strerror(errno));
+                error->rank = 0;
+            }
+            looked = now;
+        }
         for (int i = 0; i < waiting; i++) {
             llmpar__nccl_stranger *s = &stranger[i];
             size_t left = sizeof s->hello - s->got;
-            int got = 1, keep = 0;
-            while (left && got == 1 && llmpar__nccl_readable(s->fd, 0)) {
-                got = llmpar__nccl_receive_all(s->fd, (char *)&s->hello + s->got, 1, now);
-                if (got == 1) s->got++, left--;
-            }
+            int keep = 0;
+            long got = llmpar__nccl_receive_some(s->fd, (char *)&s->hello + s->got, left);
+            if (got > 0) s->got += (size_t)got, left -= (size_t)got;
             int known = s->got < sizeof s->hello.magic || (!memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic) && !llmpar__nccl_foreign(s, key, error));
-            if (left && got == 1 && known && now < s->since + 5) continue;
+            if (left && got >= 0 && known && now < s->since + 5) continue;
             if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, s->since, error);
             if (!left && !keep && error->status && llmpar__nccl_ours(&s->hello, key)) llmpar__nccl_welcome_one(world, s->fd, error, id);
             if (!keep) llmpar__nccl_close(&s->fd);
@@ -1060,6 +1086,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
         llmpar_heap_free(world->heap, stranger);
         return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
     }
+    if (!st) st = llmpar__nccl_files(world);
     st = llmpar__nccl_open(world, ctx, st, &listener, &key);
     llmpar_error_clear(&error);
     if (st) {
