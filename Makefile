@@ -120,11 +120,6 @@ build/bench/peer_open_mpi: bench/peers/open_mpi.c build/mpi/llmpar.o bench/bench
 	@mkdir -p $(@D)
 	$(MPICC) -O2 -g -D_GNU_SOURCE -DLLMPAR_USE_MPI -DLLMPAR__IMPLEMENTED -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
 
-# Texts for bench/peers/generate.py, beside llama.cpp's.
-build/bench/text: bench/peers/text.c build/plain/llmpar.o bench/bench.h
-	@mkdir -p $(@D)
-	$(CC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
-
 # The product beside a BLAS library's: build/bench/gemm_blas libopenblas.so.0
 build/bench/gemm_blas: bench/peers/gemm_blas.c build/plain/llmpar.o $(wildcard bench/*.h)
 	@mkdir -p $(@D)
