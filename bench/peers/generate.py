@@ -153,11 +153,11 @@ def run(options, python, file, model, dtype, threads, rows):
 
 def versions(python):
     """Of the peers' packages, by name; those that are there."""
-    ask = "from importlib.metadata import version\ntry: __import__({0!r}); print(version({1!r}))\nexcept ImportError: print('none')"
     found = {}
-    for name, module, package in (("llama.cpp", "llama_cpp", "llama-cpp-python"), ("gguf", "gguf", "gguf"), ("transformers", "transformers", "transformers"), ("pytorch", "torch", "torch")):
-        done = subprocess.run([python, "-c", ask.format(module, package)], capture_output=True, text=True)
-        found[name] = (done.stdout.strip().split("\n")[-1] or "unknown") if done.stdout or not done.returncode else ("unknown" if "PackageNotFound" in done.stderr else "none")
+    for name, module in (("llama.cpp", "llama_cpp"), ("gguf", "gguf"), ("transformers", "transformers"), ("pytorch", "torch")):
+        ask = f"import {module} as m\nfrom importlib.metadata import version\nprint(getattr(m, '__version__', None) or version('{module}'))"
+        done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+        found[name] = "none" if done.returncode else done.stdout.strip().split("\n")[-1]
     return found
 
 
@@ -194,7 +194,7 @@ def main():
                 for threads in options.threads.split(","):
                     failed = run(options, python, file, model, dtype, int(threads), rows) is not None or failed
     if options.json:
-        write_json(options.json, rows, **{name: found[name] for name in found})
+        write_json(options.json, rows, **found)
     sys.exit(failed or not rows)
 
 
