@@ -3,7 +3,8 @@
    Weights have interleaved rows, as while text is generated; `rows`: they lie as in training, as for short texts.
 
      bench_generate [--json FILE] [products|rows [ROWS N K DTYPE THREADS]]
-     bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--profile] */
+     bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--profile]
+     bench_generate tokens --model M --dtype D --layout 1x1[tN] [--prompt N] [--tokens N] --serve     for bench/peers/generate.py */
 #include "llmpar.h"
 
 #include "bench.h"
@@ -155,7 +156,7 @@ typedef struct generation {
     llmpar_llama_config config;
     const char *model, *level;
     llmpar_dtype dtype;
-    int ranks, threads, prompt, tokens, profile;
+    int ranks, threads, prompt, tokens, profile, serve;
     enum bench_kind peak;
     rank rank[MOST_RANKS];
 } generation;
@@ -234,6 +235,40 @@ static llmpar_status generate_token(void *user, int32_t id)
     return LLMPAR_OK;
 }
 
+/* ---- whole replies on request ---- */
+
+typedef struct reply { double at[MOST_TOKENS]; int tokens; } reply;
+
+static llmpar_status reply_token(void *user, int32_t id)
+{
+    reply *r = (reply *)user;
+    (void)id;
+    r->at[r->tokens++] = bench_now();
+    return LLMPAR_OK;
+}
+
+/* bench/peers/generate.py: each line "step" on stdin is one reply. The answer: seconds to its first token, of a token behind it (median), of all, with what the caller waits for behind the last token. Nothing is sampled meanwhile. */
+static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_generate_desc *desc, int32_t *ids)
+{
+    char line[100];
+    const char *ready = "ready ";
+    reply r;
+    desc->on_token = reply_token;
+    desc->user = &r;
+    do {
+        double start = bench_now(), seconds[MOST_TOKENS];
+        int32_t made = 0;
+        r.tokens = 0;
+        llmpar_status status = llmpar_llama_generate(model, fsdp, desc, ids, &made);
+        if (status) return status;
+        for (int i = 0; i + 1 < r.tokens; i++) seconds[i] = r.at[i + 1] - r.at[i];
+        printf("%s%.6f %.6f %.6f\n", ready, r.at[0] - start, bench_median(seconds, r.tokens - 1), bench_now() - start);
+        fflush(stdout);
+        ready = "";
+    } while (fgets(line, sizeof line, stdin) && !strncmp(line, "step", 4));
+    return LLMPAR_OK;
+}
+
 static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
 {
     generation *g = (generation *)user;
@@ -268,11 +303,16 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     if (!status) unit = llmpar_llama_units(model, &units);
     for (int32_t u = 0; u < units; u++) unit[u].frozen = 1; /* no f32 masters */
     if (!status) status = llmpar_fsdp_create(mesh, unit, units, &fsdp_desc, &fsdp);
+    desc.prompt = prompt;
+    desc.prompt_count = g->prompt;
+    desc.tokens = g->tokens;
+    if (g->serve) {
+        if (!status) status = serve(model, fsdp, &desc, ids);
+        goto out;
+    }
 #define SLOT(name) ctx->device->name = generate_##name;
     SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
-    desc.prompt = prompt;
-    desc.prompt_count = g->prompt;
     desc.on_token = generate_token;
     for (int i = 0; i < (g->prompt > 16 ? PROMPTS : 1) && !status; i++) {
         desc.tokens = i + 1 < PROMPTS && g->prompt > 16 ? 1 : g->tokens;
@@ -281,6 +321,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
 #define SLOT(name) ctx->device->name = real.name;
     SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
+out:
     llmpar_fsdp_destroy(fsdp);
     llmpar_llama_destroy(model);
     llmpar_mesh_destroy(mesh);
@@ -304,6 +345,7 @@ static void generate(bench_results *results, generation *g)
     desc.threads = g->threads;
     desc.cpu = g->level;
     if (llmpar_launch(&desc, generate_rank, g, &error)) { fprintf(stderr, "bench_generate: %s\n", error.text); exit(1); }
+    if (g->serve) return;
     rank *r = &g->rank[0];
     if (g->ranks > 1) snprintf(layout, sizeof layout, "tp %d", g->ranks);
     else snprintf(layout, sizeof layout, "%d thread%s", g->threads, g->threads > 1 ? "s" : "");
@@ -348,6 +390,7 @@ static void options(int argc, char **argv, generation *g, const char **model, co
     for (int i = 0; i < argc; i++) {
         const char *name = argv[i], *value = argv[i + 1];
         if (!strcmp(name, "--profile")) { g->profile = 1; continue; }
+        if (!strcmp(name, "--serve")) { g->serve = 1; continue; }
         if (!value) { fprintf(stderr, "bench_generate: %s: expected a value\n", name); exit(2); }
         if (!strcmp(name, "--model")) *model = value;
         else if (!strcmp(name, "--dtype")) *dtype = value;
@@ -397,6 +440,7 @@ int main(int argc, char **argv)
     g.tokens = 40;
     g.level = llmpar_cpu_level_name(llmpar_cpu_best_level());
     options(argc - (what ? 2 : 1), argv + (what ? 2 : 1), &g, &model, &dtype, &layout);
+    if (g.serve && (!model || !dtype || !layout || strncmp(layout, "1x1", 3))) { fprintf(stderr, "bench_generate: --serve: expected one --model, --dtype and --layout 1x1 or 1x1tN with it\n"); return 2; }
     for (int m = 0; m < 2; m++)
         for (int d = 0; d < 2; d++)
             for (int l = 0; l < 3; l++) {

@@ -174,6 +174,16 @@ def first_line(command):
     return done.stdout.strip().split("\n")[0]
 
 
+def write_json(path, rows, **about):
+    """The file of results: who ran what where, then the rows."""
+    with open("/proc/cpuinfo") as f:
+        processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "?")
+    with open(path, "w") as f:
+        head = {"part": "peers", "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "processor": processor, "cores": CORES, **about,
+                "commit": first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]), "command": " ".join(sys.argv)}
+        f.write(json.dumps(head, indent=0)[:-2] + ',\n"rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n]\n}\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "15m", "110m", "300m", "1b"), default="110m")
@@ -203,13 +213,9 @@ def main():
             sys.exit(f"bench/peers/run.py: --groups: expected gpu, process, fsdp, tp, portable, got {which}")
         failed = run(options, which, rows) is not None or failed
     if options.json:
-        with open("/proc/cpuinfo") as f:
-            processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "?")
-        with open(options.json, "w") as f:
-            head = {"part": "peers", "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "processor": processor, "cores": CORES, "pytorch": version,
-                    "commit": first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]), "command": " ".join(sys.argv)}
-            f.write(json.dumps(head, indent=0)[:-2] + ',\n"rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n]\n}\n")
+        write_json(options.json, rows, pytorch=version)
     sys.exit(failed or not rows)
 
 
-main()
+if __name__ == "__main__":
+    main()
