@@ -190,7 +190,7 @@ LLMPAR_EXTERN_C_END
 #define LLMPAR_HEADER "llmpar.h"
 #endif
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || __FLT_EVAL_METHOD__ == 2
 #error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
 #endif
 
@@ -266,8 +266,8 @@ LLMPAR_EXTERN_C_END
 
 #include "model/generate.c"
 
-/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step; f64 is for checking gradients. */
-#if defined(__OPTIMIZE__) && !defined(__clang__)
+/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step; f64 is for checking gradients. (glibc's checked open is an error at -O0.) */
+#if defined(__OPTIMIZE__) && !defined(__clang__) && !defined(_FORTIFY_SOURCE)
 #pragma GCC optimize ("O0")
 #endif
 

@@ -325,7 +325,7 @@ static llmpar_status denormals(llmpar_ctx *ctx, void *user)
     volatile float tiny = 1e-39f, half = 0.5f;
     (void)user;
     CHECK(tiny * half > 0);
-    CHECK_INT(__builtin_ia32_stmxcsr() & 0xe040u, 0);
+    CHECK_INT(__builtin_ia32_stmxcsr() & 0xffc0u, 0x1f80u);
     float x = 1e-39f, y = 0;
     llmpar_collective call = { .send = &x, .recv = &y, .count = 1, .dtype = LLMPAR_F32, .tag = "tiny" };
     CHECK_OK(llmpar_all_reduce(ctx->comm, NULL, &call));
@@ -334,12 +334,12 @@ static llmpar_status denormals(llmpar_ctx *ctx, void *user)
 }
 TEST(float_state)
 {
-    unsigned before = __builtin_ia32_stmxcsr(), odd = before | 0x8040u | 0x4000u; /* flush to zero, denormals are zero, round up */
+    unsigned before = __builtin_ia32_stmxcsr(), odd = (before | 0x8040u | 0x4000u) & ~0x0680u; /* flush to zero, denormals are zero, round up, invalid, zero divide and overflow trap */
     for (int ranks = 1; ranks <= 2; ranks++) {
         llmpar_launch_desc desc = { .ranks = ranks };
         __builtin_ia32_ldmxcsr(odd);
         CHECK_OK(llmpar_launch(&desc, denormals, NULL, NULL));
-        CHECK_INT(__builtin_ia32_stmxcsr() & 0xe040u, odd & 0xe040u);
+        CHECK_INT(__builtin_ia32_stmxcsr() & 0xffc0u, odd & 0xffc0u);
         __builtin_ia32_ldmxcsr(before);
     }
 }
@@ -397,6 +397,7 @@ static llmpar_status without_descs(llmpar_ctx *ctx, void *user)
     llmpar_threads_world *no_world = (llmpar_threads_world *)ctx;
     llmpar_memory memory;
     llmpar_data data;
+    llmpar_llama_config config;
     int32_t units, ids[4], count = 1;
     (void)user;
     CHECK_OK(llmpar_mesh_create(ctx, &mesh_desc, &mesh));
@@ -416,6 +417,10 @@ static llmpar_status without_descs(llmpar_ctx *ctx, void *user)
     REFUSED(llmpar_llama_generate(model, fsdp, NULL, ids, &count), count, "generation: no desc");
     REFUSED(llmpar_schedule_create(&ctx->heap, unit, units, NULL, &no_schedule, &ctx->error), no_schedule, "schedule: no policy");
     REFUSED(llmpar_threads_world_create(&ctx->heap, NULL, &no_world, &ctx->error), no_world, "threads: no desc");
+    REFUSED(llmpar_load_hf(trainer, NULL), 0, "load: no directory");
+    REFUSED(llmpar_save_hf(trainer, NULL), 0, "save: no path");
+    REFUSED(llmpar_hf_config(ctx, NULL, &config), 0, "config.json: no directory");
+    REFUSED(llmpar_trainer_save_gradients(trainer, NULL), 0, "trainer: no path for gradients");
     REFUSED(llmpar_data_init(NULL, &data, &ctx->error), data.windows, "data: no desc");
     llmpar_error_clear(&ctx->error);
     llmpar_trainer_destroy(trainer);
@@ -445,6 +450,20 @@ static llmpar_status unchecked(llmpar_ctx *ctx, void *user)
     CHECK(!trainer);
     CHECK_STATUS(llmpar_load_hf(trainer, "nowhere"), LLMPAR_ERR_ARGUMENT);
     CHECK_STATUS(llmpar_save_hf(trainer, "nowhere"), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_trainer_checkpoint(trainer), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_trainer_finish(trainer), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_trainer_save_trace(trainer), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_trainer_save_gradients(trainer, "nowhere"), LLMPAR_ERR_ARGUMENT);
+    double loss;
+    llmpar_memory memory;
+    int32_t id = 1, count;
+    float logit;
+    llmpar_generate_desc generate = { .prompt = &id, .prompt_count = 1, .tokens = 1 };
+    CHECK_STATUS(llmpar_trainer_eval(trainer, 0, &loss), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_plan_memory(mesh, model, &trainer_desc, &memory, NULL), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &generate, &id, &count), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_llama_logits(model, llmpar_trainer_fsdp(trainer), &id, 1, &logit), LLMPAR_ERR_ARGUMENT);
+    CHECK_INT(llmpar_trainer_steps(trainer), 0);
     llmpar_status status = llmpar_trainer_step(trainer, NULL);
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(model);

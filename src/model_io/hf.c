@@ -18,6 +18,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 {
     llmpar_error error;
     llmpar_error_clear(&error);
+    if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory");
     char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
     size_t bytes;
     llmpar_status status = !path ? LLMPAR_ERR_MEMORY : llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
@@ -220,6 +221,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     memset(&load, 0, sizeof load);
     load.fsdp = fsdp;
     load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    if (!directory) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory");
     llmpar_device *device = load.ctx->device;
     llmpar_status status = device->stream_create(device, "load", &load.stream);
     if (!status) status = llmpar__hf_fail(load.ctx, llmpar_hf_files_open(&load.ctx->heap, load.ctx->io, directory, &load.files, &error), &error);
@@ -292,6 +294,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     size_t size = llmpar_dtype_size(dtype);
     int64_t most = 1, scratch = 1;
     *out = NULL;
+    if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no path");
     if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
     llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);

@@ -353,8 +353,8 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap_free(heap, t);
 }
 
-LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t->steps; }
-LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t->fsdp; }
+LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t ? t->steps : 0; }
+LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t ? t->fsdp : NULL; }
 LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
 LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }

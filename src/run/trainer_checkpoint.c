@@ -41,6 +41,7 @@ static llmpar_status llmpar__resume_report(llmpar_trainer *t, const llmpar_error
 LLMPAR_DEF llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *t)
 {
     llmpar_checkpoint_info info;
+    if (!t) return LLMPAR_ERR_ARGUMENT;
     llmpar_error earlier = t->ctx->error;
     if (!t->checkpoint) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no directory of checkpoints was given");
     llmpar__trainer_forget(&t->ctx->error);
@@ -56,7 +57,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_poll(llmpar_trainer *t, int wa
     return llmpar__resume_report(t, &earlier, llmpar_checkpoint_poll(t->checkpoint, wait));
 }
 
-LLMPAR_DEF llmpar_status llmpar_trainer_finish(llmpar_trainer *t) { return llmpar__trainer_poll(t, 1); }
+LLMPAR_DEF llmpar_status llmpar_trainer_finish(llmpar_trainer *t) { return t ? llmpar__trainer_poll(t, 1) : LLMPAR_ERR_ARGUMENT; }
 
 /* Is a whole checkpoint of this run? */
 static llmpar_status llmpar__resume_accept(void *user, const char *path, const llmpar_checkpoint_info *info)

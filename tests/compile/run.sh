@@ -111,9 +111,11 @@ for compiler in gcc clang; do
     refused "$compiler strict mode, system headers first" "llmpar: in strict mode (-std=c99) llmpar.h must come before" $compiler -std=c99 -I$headers $impl -fsyntax-only $out/llmpar.last.c
     refused "$compiler -Ofast" "without -ffast-math" $compiler -Ofast -I$headers $impl -fsyntax-only $out/llmpar.alone.c
     refused "$compiler -ffast-math" "without -ffast-math" $compiler -ffast-math -I$headers $impl -fsyntax-only $out/llmpar.alone.c
+    check "$compiler checked libc calls" $compiler -O1 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -w -I$headers $impl -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_SIMD -c $out/llmpar.alone.c -o $out/checked.o
     refused "$compiler CUDA implementation" "belongs in a .cu file" $compiler -DLLMPAR_CUDA_IMPLEMENTATION -I$headers -fsyntax-only $out/llmpar_cuda.alone.c
     check "$compiler NCCL implementation" $compiler -std=c99 $cc_flags -Itests/fake_nccl -DLLMPAR_NCCL_IMPLEMENTATION -fsyntax-only $out/llmpar_nccl.alone.c
 done
+if [ "$(uname -m)" = x86_64 ]; then refused "gcc -mfpmath=387" "without -ffast-math" gcc -mfpmath=387 -I$headers $impl -fsyntax-only $out/llmpar.alone.c; fi
 for compiler in g++ clang++; do
     have $compiler ${compiler/clang++/clang} || continue
     for standard in 11 17 20; do
