@@ -2479,7 +2479,7 @@ LLMPAR_EXTERN_C_END
 #define LLMPAR_HEADER "llmpar.h"
 #endif
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || __FLT_EVAL_METHOD__ == 2
 #error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
 #endif
 
@@ -7839,6 +7839,29 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 /* ==== src/cpu/pool.c ==== */
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
+/* ==== src/base/float_state_internal.h ==== */
+/* float_state: rounding to nearest even, denormals kept, no traps: equal bits need it, whatever the caller has set, and a new thread inherits what its creator has. */
+
+#if defined(__x86_64__)
+#define LLMPAR__FLOAT_STATE 0x1f80u
+#else
+#define LLMPAR__FLOAT_STATE 0
+#endif
+
+/* Sets the calling thread's; returns what it was. */
+static inline uint64_t llmpar__float_state(uint64_t state)
+{
+#if defined(__x86_64__)
+    unsigned old = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr((unsigned)state);
+#else
+    uint64_t old;
+    __asm__ __volatile__("mrs %0, fpcr\n\tmsr fpcr, %1" : "=&r"(old) : "r"(state));
+#endif
+    return old;
+}
+
+/* ---- src/cpu/pool.c goes on ---- */
 /* ==== src/base/processors_internal.h ==== */
 /* processors_internal: which ones this thread may run on, and staying on one. Private: llmpar_launch decides who runs where. */
 
@@ -7927,7 +7950,6 @@ LLMPAR__PRIVATE_DEF void llmpar__thread_make_name(char name[16], const char base
     name[length + 1 + suffix_length] = 0;
 }
 
-/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
 LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 {
 #if defined(__linux__)
@@ -7935,12 +7957,7 @@ LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 #else
     pthread_setname_np(name);
 #endif
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
-#else
-    uint64_t zero = 0;
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
-#endif
+    llmpar__float_state(LLMPAR__FLOAT_STATE);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__thread_place(const llmpar__cpu *cpu, int32_t worker)
@@ -12410,6 +12427,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
 {
     llmpar__session g;
+    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
     if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, count, &g);
@@ -12509,9 +12527,10 @@ static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
 LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
 {
     enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
-    const llmpar_llama_config *c = &model->config;
     llmpar__session g;
     *count = 0;
+    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
+    const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
     int32_t tokens = desc->tokens ? desc->tokens : 128;
     if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids, expected at least 1", (int)desc->prompt_count);
@@ -12551,8 +12570,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
 
 #endif /* LLMPAR_NO_LLAMA */
 
-/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step; f64 is for checking gradients. */
-#if defined(__OPTIMIZE__) && !defined(__clang__)
+/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step; f64 is for checking gradients. (glibc's checked open is an error at -O0.) */
+#if defined(__OPTIMIZE__) && !defined(__clang__) && !defined(_FORTIFY_SOURCE)
 #pragma GCC optimize ("O0")
 #endif
 
@@ -24496,6 +24515,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 {
     llmpar_error error;
     llmpar_error_clear(&error);
+    if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory");
     char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
     size_t bytes;
     llmpar_status status = !path ? LLMPAR_ERR_MEMORY : llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
@@ -24698,6 +24718,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     memset(&load, 0, sizeof load);
     load.fsdp = fsdp;
     load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    if (!directory) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory");
     llmpar_device *device = load.ctx->device;
     llmpar_status status = device->stream_create(device, "load", &load.stream);
     if (!status) status = llmpar__hf_fail(load.ctx, llmpar_hf_files_open(&load.ctx->heap, load.ctx->io, directory, &load.files, &error), &error);
@@ -24770,6 +24791,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     size_t size = llmpar_dtype_size(dtype);
     int64_t most = 1, scratch = 1;
     *out = NULL;
+    if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no path");
     if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
     llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
@@ -26296,9 +26318,6 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
 /* ==== src/run/launch_internal.h ==== */
 /* launch_internal: what the ways of making ranks share: launch.c (threads), launch_mpi.c and launch_environment.c (processes); launch_furnish.c gives each rank what its backend makes. */
 
-/* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
-LLMPAR__PRIVATE uint64_t llmpar__launch_float_state(void);
-LLMPAR__PRIVATE void llmpar__launch_float_restore(uint64_t state);
 /* Checks the desc and fills in the defaults; ranks stays as it is where it is 0. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error);
 /* Is this a backend that can be used? NULL is. */
@@ -26363,29 +26382,6 @@ typedef struct llmpar__launch_job {
     int32_t crowded;      /* more threads than processors */
     int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
-
-LLMPAR__PRIVATE_DEF uint64_t llmpar__launch_float_state(void)
-{
-#if defined(__x86_64__)
-    unsigned old = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(old & ~(0x8000u | 0x6000u | 0x0040u)); /* FTZ, rounding, DAZ */
-    return old;
-#else
-    uint64_t old;
-    __asm__ __volatile__("mrs %0, fpcr" : "=r"(old));
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(old & ~((uint64_t)0x3 << 22 | (uint64_t)1 << 24 | (uint64_t)1 << 19))); /* rounding, FZ, FZ16 */
-    return old;
-#endif
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__launch_float_restore(uint64_t state)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr((unsigned)state);
-#else
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(state));
-#endif
-}
 
 static void llmpar__launch_log(void *user, int rank, llmpar_log_level level, const char *line)
 {
@@ -26523,7 +26519,7 @@ static void *llmpar__launch_thread(void *arg)
 #elif defined(__APPLE__)
     pthread_setname_np(name);
 #endif
-    llmpar__launch_float_state(); /* the thread ends with it */
+    llmpar__float_state(LLMPAR__FLOAT_STATE); /* the thread ends with it */
     llmpar__launch_run(self);
     llmpar__launch_leave(self->job);
     return NULL;
@@ -26634,12 +26630,12 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     }
 
     if (ranks == 1) {
-        uint64_t state = llmpar__launch_float_state();
+        uint64_t state = llmpar__float_state(LLMPAR__FLOAT_STATE);
         llmpar__processors before;
         if (job->processors) llmpar__processors_allowed(&before);
         llmpar__launch_run(&rank[0]);
         if (job->processors) llmpar__processors_stay(&before);
-        llmpar__launch_float_restore(state);
+        llmpar__float_state(state);
         started = 1;
     } else {
         pthread_attr_t attributes;
@@ -27010,12 +27006,12 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     ctx.log_user = desc.log_user;
     ctx.io = desc.io;
     if (!llmpar_mpi_world_create(&ctx.heap, &mpi, &world, error)) {
-        uint64_t state = llmpar__launch_float_state();
+        uint64_t state = llmpar__float_state(LLMPAR__FLOAT_STATE);
         ctx.rank = llmpar_mpi_world_rank(world);
         ctx.world = llmpar_mpi_world_ranks(world);
         if (!desc.threads) desc.threads = llmpar_mpi_world_threads(world);
         orderly = llmpar__launch_rank_of(&ctx, world, &desc, level, st, fn, user, error);
-        llmpar__launch_float_restore(state);
+        llmpar__float_state(state);
         llmpar_mpi_world_destroy(world);
         if (desc.check) desc.check(&ctx, user);
     }
@@ -27150,7 +27146,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
     cpu.crowded = (int64_t)cpu.threads * locals > allowed.count;
     cpu.level = level;
 
-    uint64_t state = llmpar__launch_float_state();
+    uint64_t state = llmpar__float_state(LLMPAR__FLOAT_STATE);
     st = llmpar_cpu_create(&ctx.heap, &ctx.error, &cpu, &ctx.host);
     st = st ? llmpar__launch_absent(&ctx, desc.backend, st) : llmpar__launch_furnish(&ctx, desc.backend);
     if (!st) st = llmpar__launch_agree(&ctx);
@@ -27168,7 +27164,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
         if (root.status) *error = root;
     }
     llmpar__launch_clear(&ctx, desc.backend);
-    llmpar__launch_float_restore(state);
+    llmpar__float_state(state);
     ctx.meeting = NULL;
     if (desc.check) desc.check(&ctx, user);
     return error->status;
@@ -27586,8 +27582,8 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap_free(heap, t);
 }
 
-LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t->steps; }
-LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t->fsdp; }
+LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t ? t->steps : 0; }
+LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t ? t->fsdp : NULL; }
 LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
 LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
@@ -27673,7 +27669,8 @@ static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
 {
-    if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
+    if (!t) return LLMPAR_ERR_ARGUMENT;
+    if (!t->train || !path) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", path ? "made without data, it cannot step" : "no path for gradients");
     llmpar_heap_free(&t->ctx->heap, t->gradients);
     t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
     return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
@@ -27782,6 +27779,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
     llmpar_error error;
     llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
+    if (!t) return LLMPAR_ERR_ARGUMENT;
     if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
     if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->ctx->io, t->desc.trace, &t->trace_file, &error);
     if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
@@ -27797,6 +27795,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
 LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
 {
     *loss = 0;
+    if (!t) return LLMPAR_ERR_ARGUMENT;
     if (!t->desc.data || !t->data.eval_windows) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no held-out sequences to evaluate on");
     int64_t limit = max_sequences > 0 && max_sequences < t->data.eval_windows ? max_sequences : t->data.eval_windows, tokens = 0;
     double sum = 0;
@@ -27853,6 +27852,7 @@ static llmpar_status llmpar__resume_report(llmpar_trainer *t, const llmpar_error
 LLMPAR_DEF llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *t)
 {
     llmpar_checkpoint_info info;
+    if (!t) return LLMPAR_ERR_ARGUMENT;
     llmpar_error earlier = t->ctx->error;
     if (!t->checkpoint) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no directory of checkpoints was given");
     llmpar__trainer_forget(&t->ctx->error);
@@ -27868,7 +27868,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_poll(llmpar_trainer *t, int wa
     return llmpar__resume_report(t, &earlier, llmpar_checkpoint_poll(t->checkpoint, wait));
 }
 
-LLMPAR_DEF llmpar_status llmpar_trainer_finish(llmpar_trainer *t) { return llmpar__trainer_poll(t, 1); }
+LLMPAR_DEF llmpar_status llmpar_trainer_finish(llmpar_trainer *t) { return t ? llmpar__trainer_poll(t, 1) : LLMPAR_ERR_ARGUMENT; }
 
 /* Is a whole checkpoint of this run? */
 static llmpar_status llmpar__resume_accept(void *user, const char *path, const llmpar_checkpoint_info *info)
@@ -28490,6 +28490,7 @@ LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *mod
     llmpar_error wrong;
     llmpar_error_clear(&wrong);
     memset(out, 0, sizeof *out);
+    if (!mesh || !model) return LLMPAR_ERR_ARGUMENT;
     if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "plan: no desc");
     llmpar_trainer_desc resolved = *desc;
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &wrong);

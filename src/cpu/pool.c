@@ -1,5 +1,6 @@
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
+#include "base/float_state_internal.h"
 #include "base/processors_internal.h"
 #include "cpu/cpu_internal.h"
 
@@ -71,7 +72,6 @@ LLMPAR__PRIVATE_DEF void llmpar__thread_make_name(char name[16], const char base
     name[length + 1 + suffix_length] = 0;
 }
 
-/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
 LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 {
 #if defined(__linux__)
@@ -79,12 +79,7 @@ LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 #else
     pthread_setname_np(name);
 #endif
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
-#else
-    uint64_t zero = 0;
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
-#endif
+    llmpar__float_state(LLMPAR__FLOAT_STATE);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__thread_place(const llmpar__cpu *cpu, int32_t worker)

@@ -53,29 +53,6 @@ typedef struct llmpar__launch_job {
     int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
 
-LLMPAR__PRIVATE_DEF uint64_t llmpar__launch_float_state(void)
-{
-#if defined(__x86_64__)
-    unsigned old = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(0x1f80u); /* as workers have it: no FTZ, rounding, DAZ, traps */
-    return old;
-#else
-    uint64_t old;
-    __asm__ __volatile__("mrs %0, fpcr" : "=r"(old));
-    __asm__ __volatile__("msr fpcr, %0" : : "r"((uint64_t)0));
-    return old;
-#endif
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__launch_float_restore(uint64_t state)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr((unsigned)state);
-#else
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(state));
-#endif
-}
-
 static void llmpar__launch_log(void *user, int rank, llmpar_log_level level, const char *line)
 {
     (void)user;
@@ -212,7 +189,7 @@ static void *llmpar__launch_thread(void *arg)
 #elif defined(__APPLE__)
     pthread_setname_np(name);
 #endif
-    llmpar__launch_float_state(); /* the thread ends with it */
+    llmpar__float_state(LLMPAR__FLOAT_STATE); /* the thread ends with it */
     llmpar__launch_run(self);
     llmpar__launch_leave(self->job);
     return NULL;
@@ -323,12 +300,12 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     }
 
     if (ranks == 1) {
-        uint64_t state = llmpar__launch_float_state();
+        uint64_t state = llmpar__float_state(LLMPAR__FLOAT_STATE);
         llmpar__processors before;
         if (job->processors) llmpar__processors_allowed(&before);
         llmpar__launch_run(&rank[0]);
         if (job->processors) llmpar__processors_stay(&before);
-        llmpar__launch_float_restore(state);
+        llmpar__float_state(state);
         started = 1;
     } else {
         pthread_attr_t attributes;

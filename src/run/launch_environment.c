@@ -116,7 +116,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
     cpu.crowded = (int64_t)cpu.threads * locals > allowed.count;
     cpu.level = level;
 
-    uint64_t state = llmpar__launch_float_state();
+    uint64_t state = llmpar__float_state(LLMPAR__FLOAT_STATE);
     st = llmpar_cpu_create(&ctx.heap, &ctx.error, &cpu, &ctx.host);
     st = st ? llmpar__launch_absent(&ctx, desc.backend, st) : llmpar__launch_furnish(&ctx, desc.backend);
     if (!st) st = llmpar__launch_agree(&ctx);
@@ -134,7 +134,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
         if (root.status) *error = root;
     }
     llmpar__launch_clear(&ctx, desc.backend);
-    llmpar__launch_float_restore(state);
+    llmpar__float_state(state);
     ctx.meeting = NULL;
     if (desc.check) desc.check(&ctx, user);
     return error->status;

@@ -2,13 +2,11 @@
 #ifndef LLMPAR_LAUNCH_INTERNAL_H
 #define LLMPAR_LAUNCH_INTERNAL_H
 
+#include "base/float_state_internal.h"
 #include "cpu/cpu.h"
 #include "run/launch.h"
 #include "tables/tables_internal.h"
 
-/* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
-LLMPAR__PRIVATE uint64_t llmpar__launch_float_state(void);
-LLMPAR__PRIVATE void llmpar__launch_float_restore(uint64_t state);
 /* Checks the desc and fills in the defaults; ranks stays as it is where it is 0. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error);
 /* Is this a backend that can be used? NULL is. */

@@ -136,12 +136,12 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     ctx.log_user = desc.log_user;
     ctx.io = desc.io;
     if (!llmpar_mpi_world_create(&ctx.heap, &mpi, &world, error)) {
-        uint64_t state = llmpar__launch_float_state();
+        uint64_t state = llmpar__float_state(LLMPAR__FLOAT_STATE);
         ctx.rank = llmpar_mpi_world_rank(world);
         ctx.world = llmpar_mpi_world_ranks(world);
         if (!desc.threads) desc.threads = llmpar_mpi_world_threads(world);
         orderly = llmpar__launch_rank_of(&ctx, world, &desc, level, st, fn, user, error);
-        llmpar__launch_float_restore(state);
+        llmpar__float_state(state);
         llmpar_mpi_world_destroy(world);
         if (desc.check) desc.check(&ctx, user);
     }
