@@ -1,31 +1,39 @@
-# Draws how much faster llmpar is than what it was compared with, in SVG: a bar a row of the results of bench/peers, f32 above bf16.
+# Draws how many times as fast llmpar is as what one would take instead, in SVG: f32 above bf16, from the results of bench/peers.
 #
-#     awk -f bench/speed.awk bench/results/DATE-MACHINE-peers*.json > bench/speed.svg
+#     awk -f bench/speed.awk bench/results/DATE-MACHINE-peers*.json bench/results/DATE-MACHINE-replies.json > bench/speed.svg
 #
-# A row is "MODEL DTYPE ..: step of PEER, of OURS" (or "tokens of", "prompt of"), its ratio the peer's time over ours.
+# Rows are those of run.py, "MODEL DTYPE ..: step of PEER, of OURS", and whole replies and their tokens of generate.py, "MODEL DTYPE ..: MEASURE, beside PEER", on two threads; a ratio is the peer's time over ours.
 function escape(s) { gsub(/&/, "\\&amp;", s); gsub(/</, "\\&lt;", s); return s }
 function rect(x, y, w, h, style) { printf "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" %s/>\n", x, y, w, h, style }
 function text(x, y, style, s) { printf "<text x=\"%.1f\" y=\"%.1f\" %s>%s</text>\n", x, y, style, escape(s) }
-/"processor": / { split($0, part, "\""); processor = part[4] }
-/"name": "[^"]*: (step|tokens|prompt) of [^"]*, of / && !/memory of/ {
-    split($0, part, "\"")
-    split(part[4], name, / |: /)
-    what = part[4]
-    sub(/^.*: /, "", what)
-    peer = what
-    sub(/^[a-z]+ of /, "", peer)
-    sub(/, of .*$/, "", peer)
-    ours = what
-    sub(/^.*, of /, "", ours)
-    kind = what
-    sub(/ of .*$/, "", kind)
-    key = kind " " peer " " ours
-    if (!(key in place)) { place[key] = ++rows; label[rows] = (kind == "step" ? "a step of training" : kind == "prompt" ? "reading a prompt" : "generating") ": " peer; beside[rows] = ours }
+function take(what, peer, ours,    key, value) {
+    sub(/^PyTorch compile$/, "torch.compile", peer)
+    sub(/^PyTorch fsdp$/, "PyTorch FSDP2", peer)
+    sub(/^PyTorch tp$/, "PyTorch tensor parallel", peer)
+    key = what " beside " peer
+    if (!(key in place)) { place[key] = ++rows; label[rows] = key; beside[rows] = ours }
     match($0, /"ratio": [0-9.]+/)
     value = substr($0, RSTART + 9, RLENGTH - 9) + 0
     ratio[place[key], name[2]] = value
     if (value > largest) largest = value
     model = name[1]
+}
+/"processor": / { split($0, part, "\""); processor = part[4] }
+/"name": / { split($0, part, "\""); split(part[4], name, " ") }
+/"name": "[^"]*: step of / {
+    ours = peer = part[4]
+    sub(/^.*: step of /, "", peer)
+    sub(/, of .*$/, "", peer)
+    sub(/^.*, of llmpar /, "", ours)
+    take("a step of training", peer, ours == "dp2" ? "FSDP, 2 ranks" : ours == "tp2" ? "tensor parallel, 2 ranks" : "2 threads")
+}
+/"name": "[^"]*2 threads: (tokens|reply), beside / {
+    what = part[4] ~ /: reply,/ ? "a reply, prompt and all," : "tokens behind a prompt"
+    peer = part[4]
+    sub(/^.*, beside /, "", peer)
+    sub(/ \(.*$/, "", peer)
+    sub(/, cache bf16$|, cache f32$/, ", cache as the weights", peer)
+    take(what, peer, "2 threads")
 }
 END {
     dtypes = split("f32 bf16", dtype, " ")
@@ -39,7 +47,7 @@ END {
         rect(left + (d - 1) * 80, 16, 16, 16, "rx=\"2\" fill=\"" colour[dtype[d]] "\"")
         text(left + (d - 1) * 80 + 22, 29, "", dtype[d])
     }
-    text(width - 24, 29, "text-anchor=\"end\" fill=\"#57606a\"", "times as fast, " model ", two cores of a " processor "; the line: as fast")
+    text(width - 24, 29, "text-anchor=\"end\" fill=\"#57606a\"", "times as fast (the line: as fast), " model ", two cores, " processor)
     for (r = 1; r <= rows; r++) {
         y = top + (r - 1) * row
         text(left, y + 12, "font-weight=\"bold\"", label[r])

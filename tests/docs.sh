@@ -109,10 +109,10 @@ for file in docs/*.md; do
     [ "$file" = docs/architecture.md ] && continue # its pictures are of text
     if grep -q '^!\[.*](.*\.svg)$' "$file"; then pass; else fail "$file has no picture"; fi
 done
-for file in docs/*.svg; do
+for file in docs/*.svg bench/*.svg; do
     # well-formed: as many elements opened as closed, and one svg around all
     if head -c 4 "$file" | grep -q '<svg' && [ "$(tail -n 1 "$file")" = '</svg>' ] && awk '{ text = text $0 "\n" } END { open = gsub(/<[a-zA-Z]/, "&", text); close_ = gsub(/<\//, "&", text); self = gsub(/\/>/, "&", text); exit open != close_ + self }' "$file"; then pass; else fail "$file is not well-formed"; fi
-    if grep -qF "$(basename "$file")" docs/*.md README.md; then pass; else fail "$file is in no page"; fi
+    if grep -qF "$(basename "$file")" docs/*.md bench/*.md README.md; then pass; else fail "$file is in no page"; fi
 done
 echo "links and pictures: $((passed - before)) ok"
 

@@ -2,7 +2,7 @@
 #ifndef LLMPAR_FLOAT_STATE_INTERNAL_H
 #define LLMPAR_FLOAT_STATE_INTERNAL_H
 
-#include <stdint.h>
+#include "base/platform.h"
 
 #if defined(__x86_64__)
 #define LLMPAR__FLOAT_STATE 0x1f80u
