@@ -191,7 +191,7 @@ LLMPAR_EXTERN_C_END
 #endif
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || __FLT_EVAL_METHOD__ == 2
-#error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
+#error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts, -mfpmath=387 (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
 #endif
 
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)

@@ -108,7 +108,7 @@ def side_class():
 
 
 def run(options, python, file, model, dtype, threads, rows):
-    from run import HERE, ROOT, quartiles
+    from run import HERE, ROOT, quartiles, take_turns
     Side = side_class()
     rest = [str(options.prompt), str(options.tokens), str(threads)]
     us = Side("llmpar", [os.path.join(ROOT, "build/bench/bench_generate"), "tokens", "--model", model, "--dtype", dtype, "--layout", f"1x1t{threads}", "--prompt", rest[0], "--tokens", rest[1], "--serve"])
@@ -118,19 +118,7 @@ def run(options, python, file, model, dtype, threads, rows):
     for side in [us] + others:
         if not side.wait_ready():
             print(f"  {side.name}: skipped: {side.failed}", flush=True)
-    ratios = {side.name: [] for side in others if side.ready}
-    before = us.step() if us.ready and ratios else None
-    for _ in range(options.rounds if before else 0):
-        theirs = [(side, side.step()) for side in others if side.ready]
-        after = us.step()
-        if after is None:
-            break
-        for side, seconds in theirs:
-            if seconds is None:
-                side.ready = False
-            else:
-                ratios[side.name].append([2 * s / (b + a) for s, b, a in zip(seconds, before, after)])
-        before = after
+    ratios = take_turns(us, others, options.rounds, lambda theirs, before, after: [2 * t / (b + a) for t, b, a in zip(theirs, before, after)])
     if us.failed and ratios:
         print(f"  {us.name}: failed in a reply: {us.failed}", flush=True)
         ratios = {}

@@ -115,6 +115,24 @@ def have_torch():
     return subprocess.run([os.environ.get("PYTHON", sys.executable), "-c", "import torch"], capture_output=True).returncode == 0
 
 
+def take_turns(us, others, rounds, ratio):
+    """By name of the others: ratio(theirs, ours before, ours after) of each round. Who fails in one is no longer ready."""
+    ratios = {side.name: [] for side in others if side.ready}
+    before = us.step() if us.ready and ratios else None
+    for _ in range(rounds if before else 0):
+        theirs = [(side, side.step()) for side in others if side.ready]
+        after = us.step()
+        if after is None:
+            break
+        for side, seconds in theirs:
+            if seconds is None:
+                side.ready = False
+            else:
+                ratios[side.name].append(ratio(seconds, before, after))
+        before = after
+    return ratios
+
+
 def quartiles(values):
     values = sorted(values)
     return values[len(values) // 4], values[len(values) - 1 - len(values) // 4]
@@ -129,19 +147,7 @@ def run(options, which, rows):
             print(f"  {side.name}: skipped: {side.failed}", flush=True)
     alive = [o for o in others if o[0].ready]
     if us.ready and alive:
-        before = us.step()
-        ratios = {side.name: [] for side, _, _ in alive}
-        for _ in range(options.rounds if before else 0):
-            theirs = [(side, side.step()) for side, _, _ in alive if side.ready]
-            after = us.step()
-            if after is None:
-                break
-            for side, seconds in theirs:
-                if seconds is None:
-                    side.ready = False
-                else:
-                    ratios[side.name].append(2 * seconds / (before + after))
-            before = after
+        ratios = take_turns(us, [side for side, _, _ in alive], options.rounds, lambda theirs, before, after: 2 * theirs / (before + after))
         if us.failed:
             print(f"  {us.name}: failed in a step: {us.failed}", flush=True)
             alive = []
