@@ -113,11 +113,15 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     if (packing->transposed) {
         for (panel = 0; panel < full; panel++) llmpar__gemm_turn(in + panel * width * ld, ld, width, k, packing->out + panel * distance, width);
     } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+        const int rows = width < 16 ? 4 : 1; /* whole rows at a time, which memory likes, and whole lines: of panels that are multiples of 4 KB apart L1 holds few */
+        for (i = 0; i < k; i += rows)
             for (panel = 0; panel < full; panel++) {
                 const float *from = in + i * ld + panel * width;
-                for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
-                llmpar__gemm_copy(from, packing->out + panel * distance + i * width, width);
+                int64_t row, left = k - i < rows ? k - i : rows;
+                for (row = 0; row < left; row++, from += ld) {
+                    for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
+                    llmpar__gemm_copy(from, packing->out + panel * distance + (i + row) * width, width);
+                }
             }
     }
     if (full < packing->panels) {
