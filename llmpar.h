@@ -5014,11 +5014,15 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     if (packing->transposed) {
         for (panel = 0; panel < full; panel++) llmpar__gemm_turn(in + panel * width * ld, ld, width, k, packing->out + panel * distance, width);
     } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+        const int rows = width < 16 ? 4 : 1; /* whole rows at a time, which memory likes, and whole lines: of panels that are multiples of 4 KB apart L1 holds few */
+        for (i = 0; i < k; i += rows)
             for (panel = 0; panel < full; panel++) {
                 const float *from = in + i * ld + panel * width;
-                for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
-                llmpar__gemm_copy(from, packing->out + panel * distance + i * width, width);
+                int64_t row, left = k - i < rows ? k - i : rows;
+                for (row = 0; row < left; row++, from += ld) {
+                    for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
+                    llmpar__gemm_copy(from, packing->out + panel * distance + (i + row) * width, width);
+                }
             }
     }
     if (full < packing->panels) {
@@ -5061,7 +5065,20 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
     const uint16_t *in = (const uint16_t *)packing->in;
     int64_t ld = packing->ld, pairs = packing->k / 2, links = (packing->k + 1) / 2, panel, i;
     int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-    int r;
+    int64_t full = packing->valid / width < packing->panels ? packing->valid / width : packing->panels, pair;
+    int r, lines = width < 16 ? 2 : 1; /* as above, in whole lines */
+    for (i = 0; i < pairs && !packing->transposed; i += lines)
+        for (panel = 0; panel < full; panel++)
+            for (pair = i; pair < pairs && pair < i + lines; pair++)
+                for (r = 0; r < width; r += 8) {
+                    const uint16_t *at = in + 2 * pair * ld + panel * width + r;
+                    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)), high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(at + ld)));
+                    if ((panel * width + r) % 32 == 0) {
+                        __builtin_prefetch(at + 16 * ld);
+                        __builtin_prefetch(at + 17 * ld);
+                    }
+                    _mm256_storeu_si256((__m256i *)(void *)(packing->out + panel * packing->distance + pair * width + r), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+                }
     for (panel = 0; panel < packing->panels; panel++) {
         const uint16_t *rows = in + panel * width * row_step;
         float *out = packing->out + panel * packing->distance;
@@ -5087,18 +5104,7 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
                 }
-        else if (valid >= width) {
-            for (; i < pairs; i++)
-                for (r = 0; r < width; r += 8) {
-                    const uint16_t *at = rows + 2 * i * ld + r;
-                    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)), high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(at + ld)));
-                    if (r % 32 == 0) {
-                        __builtin_prefetch(at + 16 * ld);
-                        __builtin_prefetch(at + 17 * ld);
-                    }
-                    _mm256_storeu_si256((__m256i *)(void *)(out + i * width + r), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
-                }
-        }
+        else if (valid >= width) i = pairs;
         for (; i < links; i++)
             for (r = 0; r < width; r++) {
                 const uint16_t *at = rows + r * row_step + 2 * i * k_step;
@@ -5898,20 +5904,23 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
         ahead->ld = segment->ldb * (int64_t)sizeof(float);
         ahead->rows += chunk->k;
     }
-    ahead->share = (run->k + run->a_panels - 1) / run->a_panels;
+    ahead->share = run->bundle > 1 && ahead->next <= 2 * run->group_panels * run->chunk_count ? run->k : (run->k + run->a_panels - 1) / run->a_panels; /* the first group asks for A first, and copies in the end */
     return ahead->rows > 0;
 }
 
-/* Rows of B from `at` on. */
-static void llmpar__gemm_ask(const llmpar__gemm_run *run, int64_t at, int64_t rows, llmpar__gemm_ahead *ahead)
+/* `count` rows of B from `at` on, or columns of a TN product's A, for they are packed a bundle at a time. */
+static void llmpar__gemm_ask(const llmpar__gemm_run *run, int of_a, int64_t at, int64_t count, llmpar__gemm_ahead *ahead)
 {
     const llmpar_gemm_segment *segment;
-    if (run->chunk_count == 0) return;
+    int64_t ld;
+    ahead->rows = 0;
+    if (run->chunk_count == 0 || count <= 0) return;
     segment = &run->args->segments[run->chunks->segment];
-    ahead->share = ahead->next = (run->k * (int64_t)sizeof(float) + 127) / 128;
-    ahead->from = (const char *)((const float *)segment->b + run->chunks->begin + at * segment->ldb);
-    ahead->ld = segment->ldb * (int64_t)sizeof(float) - 128 * ahead->next;
-    ahead->rows = rows;
+    ld = of_a ? segment->lda : segment->ldb;
+    ahead->share = ahead->next = ((of_a ? count : run->k) * (int64_t)sizeof(float) + 127) / 128;
+    ahead->from = (const char *)(of_a ? (const float *)segment->a + run->chunks->begin * ld + at : (const float *)segment->b + at * ld + run->chunks->begin);
+    ahead->ld = ld * (int64_t)sizeof(float) - 128 * ahead->next;
+    ahead->rows = of_a ? run->k : count;
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
@@ -5948,7 +5957,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
-    tile.ahead = run->asks ? ahead->rows > 0 ? ahead : NULL : llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
+    tile.ahead = (ahead->panel ? llmpar__gemm_goes_on(run, ahead) : ahead->rows > 0) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) {
@@ -5963,7 +5972,7 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
     int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
     float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
-    llmpar__gemm_ahead ahead = { NULL, run->asks ? NULL : run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
+    llmpar__gemm_ahead next_a = { NULL, NULL, 0, 0, 0, 0, 0, 0 }, ahead = { NULL, run->asks ? NULL : run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
     int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, take = lazy ? run->bundle : run->turned ? 2 : 1, rows = run->n - next * width, ask_at, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
@@ -5978,14 +5987,17 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
     while ((i = __atomic_fetch_add(&run->taken[group], take, __ATOMIC_RELAXED)) < run->a_panels) {
         i_end = i + take < run->a_panels ? i + take : run->a_panels;
-        if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
+        if (lazy && group == 0) {
+            llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
+            if (run->copies && run->bundle > 1) llmpar__gemm_ask(run, 1, run->i0 + i_end * run->kernel.rows, (run->a_panels - i_end < take ? run->a_panels - i_end : take) * run->kernel.rows, &next_a);
+        }
         for (; i < i_end; i++) {
             int64_t r, line;
-            if (run->asks && run->turned && i + 1 < run->first_packed) llmpar__gemm_ask(run, run->i0 + (i + 1) * run->kernel.rows, run->kernel.rows, &ahead);
-            else if (run->asks && i == (ask_at > 0 ? ask_at : 0) && rows > 0) llmpar__gemm_ask(run, run->j0 + next * width, rows, &ahead);
+            if (run->asks && run->turned && i + 1 < run->first_packed) llmpar__gemm_ask(run, 0, run->i0 + (i + 1) * run->kernel.rows, run->kernel.rows, &ahead);
+            else if (run->asks && i == (ask_at > 0 ? ask_at : 0) && rows > 0) llmpar__gemm_ask(run, 0, run->j0 + next * width, rows, &ahead);
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
-            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
+            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, next_a.rows > 0 ? &next_a : &ahead);
         }
     }
     for (; !run->asks && llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */

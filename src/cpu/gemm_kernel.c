@@ -164,7 +164,20 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
     const uint16_t *in = (const uint16_t *)packing->in;
     int64_t ld = packing->ld, pairs = packing->k / 2, links = (packing->k + 1) / 2, panel, i;
     int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-    int r;
+    int64_t full = packing->valid / width < packing->panels ? packing->valid / width : packing->panels, pair;
+    int r, lines = width < 16 ? 2 : 1; /* as above, in whole lines */
+    for (i = 0; i < pairs && !packing->transposed; i += lines)
+        for (panel = 0; panel < full; panel++)
+            for (pair = i; pair < pairs && pair < i + lines; pair++)
+                for (r = 0; r < width; r += 8) {
+                    const uint16_t *at = in + 2 * pair * ld + panel * width + r;
+                    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)), high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(at + ld)));
+                    if ((panel * width + r) % 32 == 0) {
+                        __builtin_prefetch(at + 16 * ld);
+                        __builtin_prefetch(at + 17 * ld);
+                    }
+                    _mm256_storeu_si256((__m256i *)(void *)(packing->out + panel * packing->distance + pair * width + r), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+                }
     for (panel = 0; panel < packing->panels; panel++) {
         const uint16_t *rows = in + panel * width * row_step;
         float *out = packing->out + panel * packing->distance;
@@ -190,18 +203,7 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
                     LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
                 }
-        else if (valid >= width) {
-            for (; i < pairs; i++)
-                for (r = 0; r < width; r += 8) {
-                    const uint16_t *at = rows + 2 * i * ld + r;
-                    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)), high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(at + ld)));
-                    if (r % 32 == 0) {
-                        __builtin_prefetch(at + 16 * ld);
-                        __builtin_prefetch(at + 17 * ld);
-                    }
-                    _mm256_storeu_si256((__m256i *)(void *)(out + i * width + r), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
-                }
-        }
+        else if (valid >= width) i = pairs;
         for (; i < links; i++)
             for (r = 0; r < width; r++) {
                 const uint16_t *at = rows + r * row_step + 2 * i * k_step;
