@@ -1,5 +1,6 @@
 /* gemm_kernel: the inner parts of the matrix product for each vector width: panels are packed, and a tile of c takes its steps through them. */
 #include "cpu/gemm_internal.h"
+#include "cpu/gemm_thin_internal.h"
 #include "cpu/gemm_x86_internal.h"
 
 #include <stddef.h>
@@ -183,7 +184,15 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
         float *out = packing->out + panel * packing->distance;
         int64_t valid = packing->valid - panel * width;
         i = 0;
-        if (valid >= width && packing->transposed)
+        if (valid >= width && packing->transposed && width % 16 == 0) /* lines further on go to L2, for of those 4 KB apart L1 holds eight */
+            for (r = 0; r < width; r += 16)
+                for (i = 0; i + 16 <= pairs; i += 16) {
+                    const uint16_t *at = rows + r * ld + 2 * i;
+                    int j;
+                    for (j = 0; j < 16; j++) __builtin_prefetch(at + j * ld + 128, 0, 2);
+                    llmpar__gemm_thin_avx512_transpose((const char *)at, ld * (int64_t)sizeof *at, out + i * width + r, width);
+                }
+        else if (valid >= width && packing->transposed)
             for (r = 0; r < width; r += 8)
                 for (i = 0; i + 8 <= pairs; i += 8) {
                     const uint16_t *at = rows + r * ld + 2 * i;

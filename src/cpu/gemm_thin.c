@@ -114,7 +114,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
 #define LLMPAR__THIN_LINE(p) __extension__ ({ __m512 t_ = _mm512_loadu_ps((const void *)(p)); __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
 #define LLMPAR__THIN_STORE_16(t, v) _mm512_store_ps((void *)(out + (t) * step), v)
-__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step)
+LLMPAR__PRIVATE_DEF __attribute__((LLMPAR__THIN_AVX512, noinline)) void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step)
 {
     float half[16 * 16] __attribute__((aligned(64))), *at = half;
     __m512 a, b, c, d, y0, y1, y2, y3;
