@@ -467,7 +467,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) {
-        if (i % 2 || i + 1 == run->a_panels) llmpar__gemm_turn(tile.c - i % 2 * size, tile.ldc, i % 2 * run->kernel.rows + tile.rows, tile.columns, (float *)run->args->c + c - i % 2 * run->kernel.rows, run->args->ldc);
+        if (i % 2 || i + 1 == run->a_panels) llmpar__gemm_turn(tile.c - i % 2 * size, 4 * tile.ldc, i % 2 * run->kernel.rows + tile.rows, tile.columns, (float *)run->args->c + c - i % 2 * run->kernel.rows, run->args->ldc);
     } else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 

@@ -83,8 +83,8 @@ enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
 
 /* For operands of dtype. */
 LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype);
-/* out[j, i] = in[i, j], i < rows, j < columns; ld and ld_out in floats. */
-LLMPAR__PRIVATE void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out);
+/* out[j, i] = word j of row i, i < rows, j < columns; rows ld bytes apart, ld_out in floats. */
+LLMPAR__PRIVATE void llmpar__gemm_turn(const void *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out);
 /* All steps of the part. */
 LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile);
 

@@ -32,12 +32,13 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void)
 #if defined(__x86_64__)
 
 #define LLMPAR__GEMM_AVX __attribute__((target("avx")))
-#define LLMPAR__GEMM_TWO(p, q) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(q), 1)
+#define LLMPAR__GEMM_ROW(r) _mm_loadu_ps((const float *)(const void *)(in + (r) * ld))
+#define LLMPAR__GEMM_TWO(r) _mm256_insertf128_ps(_mm256_castps128_ps256(LLMPAR__GEMM_ROW(r)), LLMPAR__GEMM_ROW((r) + 4), 1)
 
-/* out[k * width + r] = in[r * ld + k], r < 8, k < 4: in each half of a vector four rows of four become four columns. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const float *in, int64_t ld, float *out, const int64_t width)
+/* out[k * width + r] = word k of row r, rows ld bytes apart, r < 8, k < 4: in each half of a vector four rows of four become four columns. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const char *in, int64_t ld, float *out, const int64_t width)
 {
-    __m256 x0 = LLMPAR__GEMM_TWO(in, in + 4 * ld), x1 = LLMPAR__GEMM_TWO(in + ld, in + 5 * ld), x2 = LLMPAR__GEMM_TWO(in + 2 * ld, in + 6 * ld), x3 = LLMPAR__GEMM_TWO(in + 3 * ld, in + 7 * ld);
+    __m256 x0 = LLMPAR__GEMM_TWO(0), x1 = LLMPAR__GEMM_TWO(1), x2 = LLMPAR__GEMM_TWO(2), x3 = LLMPAR__GEMM_TWO(3);
     __m256 y0 = _mm256_unpacklo_ps(x0, x1), y1 = _mm256_unpacklo_ps(x2, x3), y2 = _mm256_unpackhi_ps(x0, x1), y3 = _mm256_unpackhi_ps(x2, x3);
     _mm256_storeu_ps(out, _mm256_shuffle_ps(y0, y1, 0x44));
     _mm256_storeu_ps(out + width, _mm256_shuffle_ps(y0, y1, 0xee));
@@ -46,9 +47,9 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
 }
 
 /* The same of 4 rows. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const float *in, int64_t ld, float *out, const int64_t width)
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const char *in, int64_t ld, float *out, const int64_t width)
 {
-    __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + ld), x2 = _mm_loadu_ps(in + 2 * ld), x3 = _mm_loadu_ps(in + 3 * ld);
+    __m128 x0 = LLMPAR__GEMM_ROW(0), x1 = LLMPAR__GEMM_ROW(1), x2 = LLMPAR__GEMM_ROW(2), x3 = LLMPAR__GEMM_ROW(3);
     __m128 y0 = _mm_unpacklo_ps(x0, x1), y1 = _mm_unpacklo_ps(x2, x3), y2 = _mm_unpackhi_ps(x0, x1), y3 = _mm_unpackhi_ps(x2, x3);
     _mm_storeu_ps(out, _mm_shuffle_ps(y0, y1, 0x44));
     _mm_storeu_ps(out + width, _mm_shuffle_ps(y0, y1, 0xee));
@@ -70,6 +71,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     for (; j + 4 <= width; j += 4) _mm_storeu_ps(out + j, _mm_loadu_ps(in + j));
 }
 
+#undef LLMPAR__GEMM_ROW
 #undef LLMPAR__GEMM_TWO
 
 #else
@@ -80,29 +82,25 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 #endif
 
 /* Sixteen rows at a time, a line of out, or eight, to their end: processors follow that many streams by themselves, not 48 short ones. */
-LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
+LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const void *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
-    int64_t i = 0, j;
-#if defined(__x86_64__)
-    int64_t step;
-    for (; i + 4 <= rows; i += step) {
-        int64_t r;
-        const float *at = in + i * ld;
+    int64_t i = 0, j = 0, r, step;
+    for (; i < rows; i += step, j = 0) {
+        const char *at = (const char *)in + i * ld;
         float *to = out + i;
-        step = rows - i < 8 ? 4 : rows - i < 16 || ld % 1024 == 0 ? 8 : 16; /* of lines 4 KB apart L1 holds eight */
+        step = rows - i < 4 ? 1 : rows - i < 8 ? 4 : rows - i < 16 || ld % 4096 == 0 ? 8 : 16; /* of lines 4 KB apart L1 holds eight */
+#if defined(__x86_64__)
         if (step >= 8)
-            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
+            for (; j + 4 <= columns; j += 4, at += 16, to += 4 * ld_out) {
                 llmpar__gemm_transpose_8(at, ld, to, ld_out);
                 if (step > 8) llmpar__gemm_transpose_8(at + 8 * ld, ld, to + 8, ld_out);
             }
-        else
-            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
-        for (; j < columns; j++, at++, to += ld_out)
-            for (r = 0; r < step; r++) to[r] = at[r * ld];
-    }
+        else if (step == 4)
+            for (; j + 4 <= columns; j += 4, at += 16, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
 #endif
-    for (; i < rows; i++)
-        for (j = 0; j < columns; j++) out[j * ld_out + i] = in[i * ld + j];
+        for (; j < columns; j++, at += 4, to += ld_out)
+            for (r = 0; r < step; r++) memcpy(to + r, at + r * ld, sizeof *to);
+    }
 }
 
 static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_pack_panels(const llmpar__gemm_packing *packing, const int width)
@@ -112,7 +110,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     int r;
     if (full > packing->panels) full = packing->panels;
     if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) llmpar__gemm_turn(in + panel * width * ld, ld, width, k, packing->out + panel * distance, width);
+        for (panel = 0; panel < full; panel++) llmpar__gemm_turn(in + panel * width * ld, 4 * ld, width, k, packing->out + panel * distance, width);
     } else {
         const int rows = width < 16 ? 4 : 1; /* whole rows at a time, which memory likes, and whole lines: of panels that are multiples of 4 KB apart L1 holds few */
         for (i = 0; i < k; i += rows)
@@ -130,7 +128,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
         float *out = packing->out + full * distance;
         in += full * width * (packing->transposed ? ld : 1);
         memset(out, 0, sizeof(float) * (size_t)(k * width));
-        if (packing->transposed) llmpar__gemm_turn(in, ld, valid, k, out, width);
+        if (packing->transposed) llmpar__gemm_turn(in, 4 * ld, valid, k, out, width);
         else
             for (i = 0; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)valid);
     }
@@ -147,9 +145,6 @@ static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__
 #undef LLMPAR__GEMM_AVX
 
 #if LLMPAR__BF16_UNITS
-
-#define LLMPAR__GEMM_TWO_PAIRS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p))), _mm_loadu_si128((const __m128i *)(const void *)((p) + 4 * ld)), 1)
-#define LLMPAR__GEMM_STORE_PAIRS(out, i, v) _mm256_storeu_si256((__m256i *)(void *)((out) + (i) * width + r), v)
 
 static inline float llmpar__gemm_pair(const uint16_t *low, const uint16_t *high)
 {
@@ -192,27 +187,10 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
                     for (j = 0; j < 16; j++) __builtin_prefetch(at + j * ld + 128, 0, 2);
                     llmpar__gemm_thin_avx512_transpose((const char *)at, ld * (int64_t)sizeof *at, out + i * width + r, width);
                 }
-        else if (valid >= width && packing->transposed)
-            for (r = 0; r < width; r += 8)
-                for (i = 0; i + 8 <= pairs; i += 8) {
-                    const uint16_t *at = rows + r * ld + 2 * i;
-                    int j;
-                    for (j = 0; j < 8; j++) __builtin_prefetch(at + j * ld + 128);
-                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
-                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
-                    LLMPAR__GEMM_STORE_PAIRS(out, i, _mm256_unpacklo_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 1, _mm256_unpackhi_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 2, _mm256_unpacklo_epi64(y2, y3));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 3, _mm256_unpackhi_epi64(y2, y3));
-                    at += 8;
-                    x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
-                    y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 4, _mm256_unpacklo_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 5, _mm256_unpackhi_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
-                }
-        else if (valid >= width) i = pairs;
+        else if (valid >= width) {
+            if (packing->transposed) llmpar__gemm_turn(rows, ld * (int64_t)sizeof *rows, width, pairs, out, width);
+            i = pairs;
+        }
         for (; i < links; i++)
             for (r = 0; r < width; r++) {
                 const uint16_t *at = rows + r * row_step + 2 * i * k_step;
@@ -223,8 +201,6 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
 
 __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_8(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 8); }
 __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 48); }
-#undef LLMPAR__GEMM_TWO_PAIRS
-#undef LLMPAR__GEMM_STORE_PAIRS
 
 #endif
 

@@ -24,9 +24,9 @@ static void llmpar__interleave_task(void *arg, int64_t task, int32_t worker)
     float *w = job->w + task * job->rows * job->words, *scratch = job->scratch + worker * llmpar_round_up(job->rows * job->words, 16);
     if (job->back) {
         memcpy(scratch, w, bytes);
-        llmpar__gemm_turn(scratch, job->rows, job->words, job->rows, w, job->words);
+        llmpar__gemm_turn(scratch, 4 * job->rows, job->words, job->rows, w, job->words);
     } else {
-        llmpar__gemm_turn(w, job->words, job->rows, job->words, scratch, job->rows);
+        llmpar__gemm_turn(w, 4 * job->words, job->rows, job->words, scratch, job->rows);
         memcpy(w, scratch, bytes);
     }
 }
