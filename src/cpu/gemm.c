@@ -535,22 +535,25 @@ static void llmpar__gemm_block(void *arg, int64_t task, int32_t worker)
     }
 }
 
+/* The workspace; and how it is done, unless gemm_thin takes it. */
+static size_t llmpar__gemm_need(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    if (llmpar__gemm_thin_takes(cpu, args)) return llmpar__gemm_thin_workspace(cpu, args);
+    llmpar__gemm_prepare(run, cpu, args);
+    return run->bytes;
+}
+
 /* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way. */
 static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
 {
     llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;
     llmpar__gemm_run run;
-    size_t bytes;
-    bytes = args->workspace ? args->workspace_bytes : 0;
+    size_t bytes = args->workspace ? args->workspace_bytes : 0, need = llmpar__gemm_need(&run, &cpu, args);
+    if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
     if (llmpar__gemm_thin_takes(&cpu, args)) {
-        size_t need = llmpar__gemm_thin_workspace(&cpu, args);
-        if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
         llmpar__gemm_thin(&cpu, args);
         return LLMPAR_OK;
     }
-    llmpar__gemm_prepare(&run, &cpu, args);
-    if (bytes < run.bytes)
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)run.bytes, (unsigned long long)bytes);
     if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
     alone.pool = NULL;
     run.cpu = run.apart > 1 ? &alone : &cpu;
@@ -613,11 +616,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
         llmpar__gemm_run run;
         fewer.m = rows[i];
         if (fewer.m > args->m || fewer.m < 1) continue;
-        if (llmpar__gemm_thin_takes(cpu, &fewer)) bytes = llmpar__gemm_thin_workspace(cpu, &fewer);
-        else {
-            llmpar__gemm_prepare(&run, cpu, &fewer);
-            bytes = run.bytes;
-        }
+        bytes = llmpar__gemm_need(&run, cpu, &fewer);
         if (bytes > most) most = bytes;
     }
 #endif

@@ -457,7 +457,7 @@ static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpa
     const llmpar_gemm_args *args = run->args;
     int64_t apart = range->apart, tile = range->begin + unit + (unit < apart ? 0 : apart * (run->group - 1));
     int32_t tiles = unit < apart ? run->group : 1, piece, depth = 0, done, t;
-    int64_t size = tiles * run->rows * LLMPAR__THIN_COLUMNS, tile_size = size / tiles, i, x = 0, out_size = run->half_out.narrow ? 2 : 4;
+    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, size = tiles * tile_size, i, x = 0, out_size = run->half_out.narrow ? 2 : 4;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size, *stack = all + (run->parts ? run->parts : 1) * size;
     llmpar__gemm_thin_place at, next;
     int more;
