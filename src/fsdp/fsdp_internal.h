@@ -26,6 +26,7 @@ typedef struct llmpar__flat {
     int64_t elements;                 /* of the whole flat buffer, padding included */
     int64_t shard_elements;           /* of this rank's part of the optimizer state */
     int64_t begin;
+    int64_t *layout;                  /* [tp][param_count + 1]: offset, for each tp coordinate */
     int64_t *offset;                  /* [param_count] in the flat buffer; [param_count] = end of the last parameter */
     int64_t *count;                   /* [param_count] tp-local elements */
     llmpar_segment *segments;

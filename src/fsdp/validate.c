@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "base/bits_internal.h"
+
 /* A list is walked once, in list order, as one rank's memory would see it: what is gathered, fetched, stored, saved. That streams keep to that order is proved with vector clocks (schedule_order.c).
    Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. */
 typedef struct llmpar__buffer {
@@ -44,17 +46,9 @@ static int llmpar__proof_borrows(const llmpar__proof *proof, int32_t unit) { ret
 
 /* ---- what a gradient is ---- */
 
-static uint64_t llmpar__proof_mix(uint64_t x) /* splitmix64 */
-{
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
 /* A number that stands for one gradient. */
-static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t run) { return llmpar__proof_mix(((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)run << 1) + (uint64_t)use); }
-static uint64_t llmpar__proof_sum(uint64_t left, uint64_t right) { return llmpar__proof_mix(left * 3 + right); }
+static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t run) { return llmpar__bits_mix(((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)run << 1) + (uint64_t)use); }
+static uint64_t llmpar__proof_sum(uint64_t left, uint64_t right) { return llmpar__bits_mix(left * 3 + right); }
 
 static int llmpar__proof_lent(const llmpar__proof *proof, int32_t unit)
 {
