@@ -1,5 +1,5 @@
-/* Checkpoints of thousands of ranks, as one of them sees them: rank 0 of a world whose other ranks are not there writes the manifest, and a run of one rank reads it. Nothing is timed, but whoever looks at all parts for each part,
-   or at all parameters for each, is at it for minutes. */
+/* Many ranks, many micro-batches. Checkpoints of thousands of ranks, as one of them sees them: rank 0 of a world whose other ranks are not there writes the manifest, and a run of one rank reads it. A step of hundreds of
+   micro-batches asks a unit for its sizes once a shape. Nothing is timed, but whoever looks at all parts for each part, or at all parameters for each, is at it for minutes. */
 #include "test.h"
 #include "checkpoints.h"
 
@@ -251,4 +251,78 @@ static llmpar_status reads_rectangles(llmpar_ctx *ctx, void *user)
 TEST(many_ranges_are_read) { on_a_rank(reads_ranges); }
 TEST(many_rectangles_are_read) { on_a_rank(reads_rectangles); }
 
-TEST_LIST(T_(thousands_of_ranks_write), T_(a_manifest_that_could_not_be_loaded), T_(many_ranges_are_read), T_(many_rectangles_are_read))
+/* ---- micro-batches ---- */
+
+enum { UNITS = 3, MICRO = 500 };
+static int asked[UNITS], wrong;
+
+static llmpar_status sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    ++*(int *)user;
+    out->scratch = (size_t)micro->t * llmpar_dtype_size(dtype);
+    out->workspace = (size_t)(micro->t * micro->batch);
+    out->saved = out->output = 8;
+    return LLMPAR_OK;
+}
+static llmpar_status looks(llmpar_unit_call *call)
+{
+    wrong += call->workspace_bytes != (size_t)(call->micro->t * call->micro->batch);
+    if (call->grads) memset(call->grads[0], 0, 8 * 8 * sizeof(float));
+    return LLMPAR_OK;
+}
+static const llmpar_unit_op look[] = { { "all", looks, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } };
+
+static llmpar_status steps(llmpar_ctx *ctx, void *user)
+{
+    static const char *const name[UNITS] = { "first", "second", "third" };
+    const llmpar_mesh_desc alone = { 1, 1, 1, 1, 1 };
+    llmpar_unit units[UNITS];
+    llmpar_param params[UNITS];
+    llmpar_micro micro[MICRO];
+    llmpar_fsdp_desc desc;
+    llmpar_policy policy;
+    llmpar_run run;
+    llmpar_mesh *mesh = NULL;
+    llmpar_fsdp *fsdp = NULL;
+    llmpar_schedule *schedule = NULL;
+    (void)user;
+    memset(units, 0, sizeof units);
+    memset(micro, 0, sizeof micro);
+    memset(&desc, 0, sizeof desc);
+    memset(&policy, 0, sizeof policy);
+    memset(&run, 0, sizeof run);
+    for (int u = 0; u < UNITS; u++) {
+        params[u] = weight(8, 8);
+        units[u].name = params[u].name = name[u];
+        units[u].params = &params[u];
+        units[u].param_count = 1;
+        units[u].forward = units[u].backward = look;
+        units[u].forward_count = units[u].backward_count = 1;
+        units[u].sizes = sizes;
+        units[u].user = &asked[u];
+    }
+    for (int m = 0; m < MICRO; m++) {
+        micro[m].batch = m + 2 < MICRO ? 2 : 1; /* two are shorter, and of these the last */
+        micro[m].t = m + 1 < MICRO ? 16 : 8;
+        micro[m].leaves = 1;
+    }
+    run.micro = micro;
+    CHECK_OK(llmpar_mesh_create(ctx, &alone, &mesh));
+    CHECK_OK(llmpar_fsdp_create(mesh, units, UNITS, &desc, &fsdp));
+    llmpar_fsdp_policy(fsdp, &policy);
+    policy.micro_batches = MICRO;
+    CHECK_OK(llmpar_schedule_create(&ctx->heap, units, UNITS, &policy, &schedule, &ctx->error));
+    for (int step = 1; step <= 2; step++) { /* what a step found out is not believed in the next */
+        CHECK_OK(llmpar_fsdp_run(fsdp, schedule->list, schedule->count, &run));
+        for (int u = 0; u < UNITS; u++) CHECK_INT(asked[u], 3 * step);
+    }
+    CHECK_INT(wrong, 0);
+    llmpar_schedule_destroy(schedule);
+    llmpar_fsdp_destroy(fsdp);
+    llmpar_mesh_destroy(mesh);
+    return LLMPAR_OK;
+}
+
+TEST(many_micro_batches) { on_a_rank(steps); }
+
+TEST_LIST(T_(thousands_of_ranks_write), T_(a_manifest_that_could_not_be_loaded), T_(many_ranges_are_read), T_(many_rectangles_are_read), T_(many_micro_batches))

@@ -10,10 +10,12 @@
 
 /* ---- layout ---- */
 
-LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out)
+/* As ranks of this tp coordinate have it, whose extents, and so offsets, may differ from ours. */
+static void llmpar__flat_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, int32_t tp, llmpar_dtensor *out)
 {
-    const llmpar__flat *flat = &fsdp->units[unit];
-    const llmpar_param *p = &flat->unit.params[param];
+    const llmpar_unit *u = &fsdp->units[unit].unit;
+    const llmpar_param *p = &u->params[param];
+    const int64_t *offset = fsdp->units[unit].layout + (size_t)tp * (size_t)(u->param_count + 1);
     memset(out, 0, sizeof *out);
     out->name = p->name;
     out->dtype = fsdp->sum;
@@ -27,24 +29,18 @@ LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32
     llmpar_placement *cut = &out->placement[out->placements++];
     cut->kind = LLMPAR_FLAT;
     cut->axis = LLMPAR_AXIS_DP_SHARD;
-    cut->offset = flat->offset ? flat->offset[param] : 0;
-    cut->unit_elements = flat->elements;
+    cut->offset = offset[param];
+    cut->unit_elements = llmpar_round_up(offset[u->param_count], LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD]);
 }
 
-/* Offsets in the flat buffer are those of the rank's own tp coordinate, whose cuts may differ from ours. */
+LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out) { llmpar__flat_dtensor(fsdp, unit, param, fsdp->mesh->coordinate[LLMPAR_AXIS_TP], out); }
+
 LLMPAR_DEF void llmpar_fsdp_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, llmpar_local *out)
 {
-    const llmpar__flat *flat = &fsdp->units[unit];
-    int32_t coordinate[LLMPAR_MESH_AXES], n = flat->unit.param_count;
+    int32_t coordinate[LLMPAR_MESH_AXES];
     llmpar_dtensor tensor;
     llmpar__mesh_coordinate(fsdp->mesh->degree, rank, coordinate);
-    llmpar_fsdp_dtensor(fsdp, unit, param, &tensor);
-    if (!fsdp->whole_state) {
-        const int64_t *offset = flat->layout + (size_t)coordinate[LLMPAR_AXIS_TP] * (size_t)(n + 1);
-        llmpar_placement *cut = &tensor.placement[tensor.placements - 1];
-        cut->offset = offset[param];
-        cut->unit_elements = llmpar_round_up(offset[n], LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD]);
-    }
+    llmpar__flat_dtensor(fsdp, unit, param, coordinate[LLMPAR_AXIS_TP], &tensor);
     llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
 }
 

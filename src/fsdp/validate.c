@@ -467,29 +467,29 @@ static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *haza
     return "fetches without waiting for the store";
 }
 
+#define LLMPAR__PROOF_END(...) llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: " __VA_ARGS__)
 static llmpar_status llmpar__proof_end(llmpar__proof *proof)
 {
-    llmpar_error *error = proof->error;
     int32_t runs = proof->policy.micro_batches * proof->passes;
     for (int32_t unit = 0; unit < proof->unit_count; unit++) {
         const llmpar__unit_state *state = &proof->state[unit];
         const char *name = proof->units[unit].name;
         int trained = !proof->policy.forward_only && !proof->units[unit].frozen;
-        if (state->forwards != runs) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)runs);
-        if (state->gathered >= 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
+        if (state->forwards != runs) return LLMPAR__PROOF_END("unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)runs);
+        if (state->gathered >= 0) return LLMPAR__PROOF_END("parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
         for (int use = 0; use < 2; use++)
             for (int local = 0; local < 2; local++)
                 for (int slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
                     if (state->buffer[use][local][slot].live)
-                        return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
+                        return LLMPAR__PROOF_END("gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
         if (!proof->policy.forward_only && unit >= proof->first && (state->backwards != runs || (trained && !state->updated)))
-            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)runs, state->updated ? "" : "not ");
-        if (trained && proof->policy.master && !state->cast) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its master parameters never cast", name);
+            return LLMPAR__PROOF_END("unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)runs, state->updated ? "" : "not ");
+        if (trained && proof->policy.master && !state->cast) return LLMPAR__PROOF_END("unit %s was updated and its master parameters never cast", name);
         if (trained && llmpar_policy_whole_params(&proof->policy) && !llmpar_policy_whole_state(&proof->policy) && !state->regathered)
-            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its whole parameters never gathered again", name);
-        if (state->has_state || state->has_params) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: %s of unit %s are not in their store", state->has_state ? "optimizer states" : "parameters", name);
+            return LLMPAR__PROOF_END("unit %s was updated and its whole parameters never gathered again", name);
+        if (state->has_state || state->has_params) return LLMPAR__PROOF_END("%s of unit %s are not in their store", state->has_state ? "optimizer states" : "parameters", name);
     }
-    if (proof->scalar[1] < 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: the loss is never reduced");
+    if (proof->scalar[1] < 0) return LLMPAR__PROOF_END("the loss is never reduced");
     return LLMPAR_OK;
 }
 
@@ -514,7 +514,6 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     llmpar__proof proof;
     llmpar__order order;
     memset(&proof, 0, sizeof proof);
-    memset(&order, 0, sizeof order);
     proof.list = list;
     proof.count = count;
     proof.units = units;
@@ -541,3 +540,5 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     llmpar_heap_free(heap, proof.state);
     return status;
 }
+
+#undef LLMPAR__PROOF_END

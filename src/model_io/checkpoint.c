@@ -20,7 +20,7 @@ struct llmpar_checkpoint {
     llmpar_optim *optim;
     llmpar_ctx *ctx;
     char *directory, *config;
-    int32_t keep, background, fits;       /* fits: the manifest, for all that is known before a save */
+    int32_t keep, background, fits;       /* fits: load would take the manifest */
     /* The save under way. */
     int busy;                             /* parts are written, or being written */
     llmpar_checkpoint_info info;

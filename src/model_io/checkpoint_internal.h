@@ -76,7 +76,7 @@ typedef struct llmpar__manifest {
     llmpar__manifest_part *part;
     llmpar_json *json;
 } llmpar__manifest;
-/* Writes `path` (synced under its name; its directory is not). ranks: of those with bytes 0 there are no files; config: NULL, or its entry. path NULL: nothing is written, but a manifest that load would refuse for its size is refused. */
+/* Writes `path` (synced under its name; its directory is not). ranks: of those with bytes 0 there are no files; config: NULL, or its entry. path NULL: nothing is written; refuses what load would, for its size. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
 /* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);

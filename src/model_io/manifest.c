@@ -15,7 +15,7 @@
 /* ---- writing ---- */
 
 typedef struct llmpar__manifest_out {
-    llmpar_writer *writer; /* NULL: bytes are counted, no more */
+    llmpar_writer *writer; /* NULL: bytes are only counted */
     size_t bytes;
     llmpar_error *error;
     llmpar_status status; /* the first failure */
@@ -93,12 +93,10 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar__array array[LLMPAR__ARRAYS];
-    llmpar__manifest_out out;
+    llmpar__manifest_out out = {NULL, 0, error, LLMPAR_OK};
     const llmpar__checkpoint_file most = {"rank-00000.safetensors", UINT64_MAX, 0};
     int32_t files = 0, first = 1, *index = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)ctx->world, sizeof *index);
     if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
-    memset(&out, 0, sizeof out);
-    out.error = error;
     if (path) out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
     llmpar__manifest_put_info(&out, info);
     llmpar__manifest_put(&out, "},\n\"files\":[");
@@ -123,7 +121,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
     if (!out.status && path) llmpar_writer_sum(out.writer, NULL, &sum);
     llmpar__manifest_put(&out, ",\n\"xxh64\":\"%016llx\"}\n", (unsigned long long)sum);
     if (!out.status && path) out.status = llmpar_writer_settle(out.writer, error);
-    if (out.bytes > LLMPAR__CHECKPOINT_MANIFEST && !path) out.status = llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "checkpoint: a manifest of %zu bytes, expected at most %zu, which can be loaded", out.bytes, LLMPAR__CHECKPOINT_MANIFEST);
+    if (out.bytes > LLMPAR__CHECKPOINT_MANIFEST && !path) out.status = llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "checkpoint: a manifest of %zu bytes, expected at most %zu", out.bytes, LLMPAR__CHECKPOINT_MANIFEST);
     llmpar_writer_abandon(out.writer);
     llmpar_heap_free(&ctx->heap, index);
     return out.status;
@@ -292,10 +290,10 @@ LLMPAR__PRIVATE_DEF int llmpar__manifest_is_shard(const char *name)
     return length > 12 && !strcmp(name + length - 12, ".safetensors");
 }
 
-/* Drawn for an index of a dim. */
+/* Random; the indices from a to b weigh draw(b) - draw(a). */
 static uint64_t llmpar__manifest_draw(int64_t index, int32_t dim) { return llmpar__bits_mix((uint64_t)index * LLMPAR_MAX_DIMS + (uint64_t)dim); }
 
-/* What a part weighs where each index of each dim weighs a random number, and an element the product of its indices': parts that hold every element once weigh together what the tensor does; others would by chance alone, once in 2^48. */
+/* What a part weighs, where each index of a dim has a random weight and an element the product of its indices'. Parts that hold every element once weigh what the tensor does; others only by chance, once in 2^48. */
 static uint64_t llmpar__manifest_weight(const llmpar_local *part, int32_t dims)
 {
     llmpar__box box[LLMPAR__BOXES];
@@ -310,12 +308,9 @@ static uint64_t llmpar__manifest_weight(const llmpar_local *part, int32_t dims)
 static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m, llmpar__manifest_tensor *tensor, int64_t elements, llmpar__manifest_part *part)
 {
     llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
-    llmpar_local whole;
-    memset(&whole, 0, sizeof whole);
-    memcpy(whole.shape, tensor->shape, sizeof whole.shape);
-    whole.flat_count = elements;
-    uint64_t weight = llmpar__manifest_weight(&whole, tensor->dims);
+    uint64_t weight = 1; /* that no part has had yet */
     int64_t held = 0, common;
+    for (int32_t d = 0; d < tensor->dims; d++) weight *= llmpar__manifest_draw(tensor->shape[d], d) - llmpar__manifest_draw(0, d);
     tensor->part = part;
     for (const llmpar_json *p = llmpar__manifest_array(in, list, "parts"); p && !in->status && held <= elements; p = p->next, part++) {
         llmpar_local *local = &part->local;
@@ -336,7 +331,7 @@ static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *l
         weight -= llmpar__manifest_weight(local, tensor->dims);
         tensor->parts++;
     }
-    /* Each with each only in search of a culprit. */
+    /* Each with each, in search of a culprit. */
     const llmpar_json *p = list->child;
     for (const llmpar__manifest_part *a = tensor->part; weight && !in->status && a < tensor->part + tensor->parts; a++, p = p->next)
         for (const llmpar__manifest_part *b = tensor->part; b < a && !in->status; b++)
@@ -392,15 +387,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, cons
     char tail[LLMPAR__MANIFEST_TAIL + 1];
     llmpar_json_desc desc;
     llmpar_xxh64 sum;
-    llmpar__manifest_in in;
+    llmpar__manifest_in in = {name, error, LLMPAR_OK};
     memset(m, 0, sizeof *m);
     memset(&desc, 0, sizeof desc);
     desc.max_depth = 8;
     desc.unique_keys = 1;
     desc.name = name;
-    in.name = name;
-    in.error = error;
-    in.status = LLMPAR_OK;
     if (length < LLMPAR__MANIFEST_TAIL) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %zu bytes are no manifest", name, length);
     llmpar_xxh64_begin(&sum);
     llmpar_xxh64_add(&sum, text, length - LLMPAR__MANIFEST_TAIL);
