@@ -16,7 +16,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { OPS_MOST = 4096, RANKS_MOST = 64 };
+enum { OPS_MOST = 4096, RANKS_MOST = 512 };
 
 typedef enum op_kind { OP_SEND, OP_RECV, OP_GATHER, OP_SCATTER, OP_REDUCE, OP_BROADCAST } op_kind;
 static const char *const op_names[] = { "send", "recv", "all_gather", "reduce_scatter", "all_reduce", "broadcast" };

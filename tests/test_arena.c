@@ -324,7 +324,7 @@ static llmpar_status steps(llmpar_ctx *ctx)
 }
 TEST(a_step_that_repeats) { on_one_rank(steps); }
 
-/* In a piece that was reserved blocks lie by address, and a larger piece shows how large it has to be. */
+/* In a piece that was reserved blocks lie close, and a larger piece shows how large it has to be. */
 static llmpar_status reserving(llmpar_ctx *ctx)
 {
     enum { K = 1024, BLOCKS = 40, TURNS = 3000 };
@@ -387,7 +387,20 @@ static llmpar_status reserving(llmpar_ctx *ctx)
     CHECK_TEXT(ctx->error.text, "arena: no host memory");
     llmpar_error_clear(&ctx->error);
     ctx->heap.fail_at = 0;
-    void *p = NULL;
+    void *p = NULL, *hole[2], *between[2], *again[2];
+    llmpar_arena *close = NULL; /* what fits a hole leaves the larger one to what needs it */
+    CHECK_OK(llmpar_arena_create(ctx, 0, &close));
+    CHECK_OK(llmpar_arena_reserve(close, sizes[0]));
+    for (int i = 0; i < 2; i++) {
+        CHECK_OK(llmpar_arena_alloc(close, LLMPAR_TAG_ACTIVATIONS, (size_t)(20 - 10 * i) * K, "a hole", &hole[i]));
+        CHECK_OK(llmpar_arena_alloc(close, LLMPAR_TAG_ACTIVATIONS, K, "between", &between[i]));
+    }
+    for (int i = 0; i < 2; i++) llmpar_arena_free(close, hole[i]);
+    for (int i = 0; i < 2; i++) CHECK_OK(llmpar_arena_alloc(close, LLMPAR_TAG_ACTIVATIONS, (size_t)(10 + 10 * i) * K, "again", &again[i]));
+    CHECK(again[0] == hole[1] && again[1] == hole[0]);
+    llmpar_arena_get_usage(close, &u);
+    CHECK_INT(u.extent, u.peak_total);
+    llmpar_arena_destroy(close);
     CHECK_OK(llmpar_arena_reserve(arena, 8 * K));
     CHECK_OK(llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 64, "small", &p)); /* of a piece small requests take a part too */
     llmpar_arena_get_usage(arena, &u);

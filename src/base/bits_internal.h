@@ -1,4 +1,4 @@
-/* bits: a number as its bits and back. */
+/* bits: a number as its bits and back, and mixed. */
 #ifndef LLMPAR_BITS_INTERNAL_H
 #define LLMPAR_BITS_INTERNAL_H
 
@@ -34,5 +34,13 @@ static inline double llmpar__from_bits_f64(uint64_t bits)
 }
 
 static inline double llmpar__power_f64(int e) { return llmpar__from_bits_f64((uint64_t)(e + 1023) << 52); } /* 2^e, -1022 <= e <= 1023 */
+
+static inline uint64_t llmpar__bits_mix(uint64_t x) /* splitmix64 */
+{
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
 
 #endif

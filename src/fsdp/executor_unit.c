@@ -75,7 +75,16 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
     return status ? status : ended;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out) { return llmpar__fsdp_unit_sizes(exec->fsdp, unit, &exec->micro[m], out); }
+/* Again where the shape is the one before's: to work them out asks the device about each product. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
+{
+    llmpar__flat *flat = &exec->fsdp->units[unit];
+    const llmpar_micro *micro = &exec->micro[m], *like = flat->sized;
+    llmpar_status status = LLMPAR_OK;
+    if (!like || like->batch != micro->batch || like->t != micro->t || like->leaves != micro->leaves) status = llmpar__fsdp_unit_sizes(exec->fsdp, unit, flat->sized = micro, &flat->sizes);
+    *out = flat->sizes;
+    return status;
+}
 
 static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
 {

@@ -10,10 +10,12 @@
 
 /* ---- layout ---- */
 
-LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out)
+/* As ranks of this tp coordinate have it, whose extents, and so offsets, may differ from ours. */
+static void llmpar__flat_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, int32_t tp, llmpar_dtensor *out)
 {
-    const llmpar__flat *flat = &fsdp->units[unit];
-    const llmpar_param *p = &flat->unit.params[param];
+    const llmpar_unit *u = &fsdp->units[unit].unit;
+    const llmpar_param *p = &u->params[param];
+    const int64_t *offset = fsdp->units[unit].layout + (size_t)tp * (size_t)(u->param_count + 1);
     memset(out, 0, sizeof *out);
     out->name = p->name;
     out->dtype = fsdp->sum;
@@ -27,31 +29,18 @@ LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32
     llmpar_placement *cut = &out->placement[out->placements++];
     cut->kind = LLMPAR_FLAT;
     cut->axis = LLMPAR_AXIS_DP_SHARD;
-    cut->offset = flat->offset ? flat->offset[param] : 0;
-    cut->unit_elements = flat->elements;
+    cut->offset = offset[param];
+    cut->unit_elements = llmpar_round_up(offset[u->param_count], LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD]);
 }
 
-/* Offsets in the flat buffer are those of the rank's own tp coordinate, whose cuts may differ from ours. */
+LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out) { llmpar__flat_dtensor(fsdp, unit, param, fsdp->mesh->coordinate[LLMPAR_AXIS_TP], out); }
+
 LLMPAR_DEF void llmpar_fsdp_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, llmpar_local *out)
 {
-    const llmpar_unit *u = &fsdp->units[unit].unit;
-    int32_t coordinate[LLMPAR_MESH_AXES], n = fsdp->whole_state ? 0 : u->param_count;
-    int64_t at = 0, begin = 0, unit_of = LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    int32_t coordinate[LLMPAR_MESH_AXES];
     llmpar_dtensor tensor;
     llmpar__mesh_coordinate(fsdp->mesh->degree, rank, coordinate);
-    for (int32_t i = 0; i < n; i++) {
-        llmpar_fsdp_dtensor(fsdp, unit, i, &tensor);
-        tensor.placements--; /* the flat cut */
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
-        if (i == param) begin = at;
-        at = llmpar_round_up(at + out->elements, LLMPAR_FLAT_ALIGN);
-    }
-    llmpar_fsdp_dtensor(fsdp, unit, param, &tensor);
-    if (n) {
-        llmpar_placement *flat = &tensor.placement[tensor.placements - 1];
-        flat->offset = begin;
-        flat->unit_elements = llmpar_round_up(at, unit_of);
-    }
+    llmpar__flat_dtensor(fsdp, unit, param, coordinate[LLMPAR_AXIS_TP], &tensor);
     llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
 }
 
@@ -66,8 +55,8 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
 {
     llmpar_ctx *ctx = fsdp->ctx;
     llmpar__flat *flat = &fsdp->units[index];
-    int32_t n = flat->unit.param_count;
-    int64_t at = 0, ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
+    int32_t n = flat->unit.param_count, coordinate[LLMPAR_MESH_AXES] = { 0 }, *tp = &coordinate[LLMPAR_AXIS_TP];
+    int64_t ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
     for (int32_t i = 0; i < n; i++) {
         llmpar_dtensor tensor;
         llmpar_local local;
@@ -75,14 +64,15 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
         if (tensor.placements && tensor.placement[tensor.placements - 1].kind == LLMPAR_FLAT) tensor.placements--; /* the flat cut is what we are laying out */
         llmpar_status status = llmpar_dtensor_check(&tensor, fsdp->mesh->degree, &ctx->error);
         if (status) return status;
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
-        flat->offset[i] = at;
-        flat->count[i] = local.elements;
-        if (local.elements > ((int64_t)1 << 40)) return llmpar_fail(ctx, LLMPAR_ERR_OVERFLOW, "%s: %lld local elements are more than 2^40", tensor.name, (long long)local.elements);
-        at = llmpar_round_up(at + local.elements, LLMPAR_FLAT_ALIGN);
+        for (*tp = 0; *tp < fsdp->mesh->degree[LLMPAR_AXIS_TP]; ++*tp) {
+            int64_t *offset = flat->layout + (size_t)*tp * (size_t)(n + 1) + i;
+            llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, &local);
+            if (local.elements > ((int64_t)1 << 40)) return llmpar_fail(ctx, LLMPAR_ERR_OVERFLOW, "%s: %lld local elements are more than 2^40", tensor.name, (long long)local.elements);
+            offset[1] = llmpar_round_up(offset[0] + local.elements, LLMPAR_FLAT_ALIGN);
+            if (offset == &flat->offset[i]) flat->count[i] = local.elements;
+        }
     }
-    flat->offset[n] = at;
-    flat->elements = llmpar_round_up(at, LLMPAR_FLAT_ALIGN * ranks);
+    flat->elements = llmpar_round_up(flat->offset[n], LLMPAR_FLAT_ALIGN * ranks);
     if (flat->elements == 0) flat->elements = LLMPAR_FLAT_ALIGN * ranks;
     flat->shard_elements = flat->elements / ranks;
     flat->begin = fsdp->shard_comm ? fsdp->shard_comm->rank * flat->shard_elements : 0;
@@ -133,12 +123,12 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     flat->unit.name = llmpar_heap_strdup(heap, unit->name);
     llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
     flat->unit.params = params;
-    flat->offset = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
+    flat->layout = (int64_t *)llmpar_heap_zalloc(heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP], sizeof(int64_t));
     flat->count = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
     flat->segments = (llmpar_segment *)llmpar_heap_zalloc(heap, n + 1, sizeof(llmpar_segment));
     flat->params = (void **)llmpar_heap_zalloc(heap, n + 1, sizeof(void *));
     flat->grads = (void **)llmpar_heap_zalloc(heap, 2 * n + 1, sizeof(void *));
-    int missing = !flat->unit.name || !params || !flat->offset || !flat->count || !flat->segments || !flat->params || !flat->grads;
+    int missing = !flat->unit.name || !params || !flat->layout || !flat->count || !flat->segments || !flat->params || !flat->grads;
     for (int i = 0; i < LLMPAR__LABEL_COUNT && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
     for (size_t i = 0; i < n && !missing; i++) {
         params[i] = unit->params[i];
@@ -146,6 +136,7 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
         missing = !params[i].name;
     }
     if (missing) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "unit %s: out of memory for its description", unit->name);
+    flat->offset = flat->layout + (size_t)fsdp->mesh->coordinate[LLMPAR_AXIS_TP] * (n + 1);
     return llmpar__flat_layout(fsdp, index);
 }
 
@@ -385,7 +376,7 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
         for (int i = 0; i < LLMPAR__LABEL_COUNT; i++) llmpar_heap_free(heap, flat->label[i]);
         llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.params);
         llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.name);
-        llmpar_heap_free(heap, flat->offset);
+        llmpar_heap_free(heap, flat->layout);
         llmpar_heap_free(heap, flat->count);
         llmpar_heap_free(heap, flat->segments);
         llmpar_heap_free(heap, flat->params);

@@ -26,6 +26,7 @@ typedef struct llmpar__flat {
     int64_t elements;                 /* of the whole flat buffer, padding included */
     int64_t shard_elements;           /* of this rank's part of the optimizer state */
     int64_t begin;
+    int64_t *layout;                  /* [tp][param_count + 1]: `offset` of each */
     int64_t *offset;                  /* [param_count] in the flat buffer; [param_count] = end of the last parameter */
     int64_t *count;                   /* [param_count] tp-local elements */
     llmpar_segment *segments;
@@ -42,6 +43,8 @@ typedef struct llmpar__flat {
     uint32_t reduced[2];              /* [use] bit slot: reduced in place, only this rank's part counts */
     uint32_t grad_stored;             /* bit slot of use 0: in the store */
     void **output, **saved, **dinput; /* [micro_batches] during a run; ACTIVATIONS */
+    const llmpar_micro *sized;        /* during a run: .. */
+    llmpar_unit_sizes sizes;          /* .. is of these; NULL: none yet */
     llmpar__place params_place, state_place[LLMPAR_OPTIMIZER_STATES], grad_place[2][LLMPAR_GRAD_SLOTS];
     llmpar__place *activation_place;  /* [activation_count][2]: saved, input */
     int32_t activation_count;

@@ -478,21 +478,22 @@ static void llmpar__plan_order(llmpar__plan *plan)
 
 /* ---- policies ---- */
 
+#define LLMPAR__PLAN_NO(...) llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: " __VA_ARGS__)
 static llmpar_status llmpar__plan_check_units(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
 {
     for (int32_t unit = 0; unit < unit_count; unit++) {
         int32_t borrow = units[unit].borrow - 1;
         if (borrow >= unit_count || borrow < -1 || borrow == unit || (borrow >= 0 && units[borrow].borrow))
-            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s borrows unit %d, expected another unit that borrows none", units[unit].name, (int)borrow);
+            return LLMPAR__PLAN_NO("unit %s borrows unit %d, expected another unit that borrows none", units[unit].name, (int)borrow);
         for (int32_t other = 0; other < unit && borrow >= 0; other++)
-            if (units[other].borrow - 1 == borrow) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: units %s and %s both borrow unit %s, expected one borrower", units[other].name, units[unit].name, units[borrow].name);
+            if (units[other].borrow - 1 == borrow) return LLMPAR__PLAN_NO("units %s and %s both borrow unit %s, expected one borrower", units[other].name, units[unit].name, units[borrow].name);
         if ((int)units[unit].recompute < 0 || units[unit].recompute > LLMPAR_RECOMPUTE_FULL)
-            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: recompute = %d, expected 0 .. %d", units[unit].name, (int)units[unit].recompute, (int)LLMPAR_RECOMPUTE_FULL);
+            return LLMPAR__PLAN_NO("unit %s: recompute = %d, expected 0 .. %d", units[unit].name, (int)units[unit].recompute, (int)LLMPAR_RECOMPUTE_FULL);
     }
     if (units[unit_count - 1].recompute == LLMPAR_RECOMPUTE_FULL)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: full recomputation of the last unit, expected none or selective: its backward follows its forward at once", units[unit_count - 1].name);
+        return LLMPAR__PLAN_NO("unit %s: full recomputation of the last unit, expected none or selective: its backward follows its forward at once", units[unit_count - 1].name);
     if (!policy->forward_only && llmpar_schedule_first_backward(units, unit_count) == unit_count)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: all %d units are frozen, expected one to train (or a forward-only schedule)", (int)unit_count);
+        return LLMPAR__PLAN_NO("all %d units are frozen, expected one to train (or a forward-only schedule)", (int)unit_count);
     return LLMPAR_OK;
 }
 
@@ -500,15 +501,15 @@ static llmpar_status llmpar__plan_check_units(const llmpar_unit *units, int32_t 
 static llmpar_status llmpar__plan_check_pairs(const llmpar_policy *policy, llmpar_error *error)
 {
     int inside = policy->update != LLMPAR_UPDATE_AFTER && !policy->forward_only;
-    if (policy->chain && policy->no_sync) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
-    if (inside && policy->micro_batches > 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
-    if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
+    if (policy->chain && policy->no_sync) return LLMPAR__PLAN_NO("chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
+    if (inside && policy->micro_batches > 1) return LLMPAR__PLAN_NO("updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
+    if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return LLMPAR__PLAN_NO("gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
     unsigned on_host = 1u << LLMPAR_STATE_OPTIMIZER | 1u << LLMPAR_STATE_PARAMS | 1u << LLMPAR_STATE_GRADS;
     if (policy->host_update && (policy->offload & on_host) != on_host)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates on the host without%s%s%s offloaded, expected optimizer, params and grads in host memory", policy->offload >> (unsigned)LLMPAR_STATE_OPTIMIZER & 1u ? "" : " optimizer",
+        return LLMPAR__PLAN_NO("updates on the host without%s%s%s offloaded, expected optimizer, params and grads in host memory", policy->offload >> (unsigned)LLMPAR_STATE_OPTIMIZER & 1u ? "" : " optimizer",
                                 policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u ? "" : " params", policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u ? "" : " grads");
     if ((policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u) && !policy->master && llmpar_policy_whole_params(policy))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
+        return LLMPAR__PLAN_NO("parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
     return LLMPAR_OK;
 }
 
@@ -520,12 +521,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units,
         {"update", (int32_t)policy->update, LLMPAR_UPDATE_AFTER, LLMPAR_UPDATE_TWO_PASSES}, {"offload", (int32_t)policy->offload, 0, (1 << LLMPAR_STATE_COUNT) - 1},
         {"host_update", policy->host_update, 0, 1},
     };
-    if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
+    if (unit_count < 1) return LLMPAR__PLAN_NO("%d units, expected at least 1", (int)unit_count);
     for (size_t i = 0; i < sizeof range / sizeof range[0]; i++)
         if (range[i].value < range[i].low || range[i].value > range[i].high)
-            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %s = %d, expected %d .. %d", range[i].name, (int)range[i].value, (int)range[i].low, (int)range[i].high);
+            return LLMPAR__PLAN_NO("%s = %d, expected %d .. %d", range[i].name, (int)range[i].value, (int)range[i].low, (int)range[i].high);
     if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
+        return LLMPAR__PLAN_NO("%d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
     llmpar_status status = llmpar__plan_check_units(units, unit_count, policy, error);
     return status ? status : llmpar__plan_check_pairs(policy, error);
 }
@@ -533,7 +534,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units,
 LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error)
 {
     *out = NULL;
-    if (!policy) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: no policy");
+    if (!policy) return LLMPAR__PLAN_NO("no policy");
     llmpar_policy resolved = *policy;
     llmpar__policy_resolve(&resolved);
     llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
@@ -586,3 +587,5 @@ LLMPAR_DEF void llmpar_schedule_destroy(llmpar_schedule *schedule)
     llmpar_heap_free(heap, schedule->list);
     llmpar_heap_free(heap, schedule);
 }
+
+#undef LLMPAR__PLAN_NO

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "base/bits_internal.h"
+
 /* A list is walked once, in list order, as one rank's memory would see it: what is gathered, fetched, stored, saved. That streams keep to that order is proved with vector clocks (schedule_order.c).
    Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. */
 typedef struct llmpar__buffer {
@@ -44,17 +46,9 @@ static int llmpar__proof_borrows(const llmpar__proof *proof, int32_t unit) { ret
 
 /* ---- what a gradient is ---- */
 
-static uint64_t llmpar__proof_mix(uint64_t x) /* splitmix64 */
-{
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
 /* A number that stands for one gradient. */
-static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t run) { return llmpar__proof_mix(((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)run << 1) + (uint64_t)use); }
-static uint64_t llmpar__proof_sum(uint64_t left, uint64_t right) { return llmpar__proof_mix(left * 3 + right); }
+static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t run) { return llmpar__bits_mix(((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)run << 1) + (uint64_t)use); }
+static uint64_t llmpar__proof_sum(uint64_t left, uint64_t right) { return llmpar__bits_mix(left * 3 + right); }
 
 static int llmpar__proof_lent(const llmpar__proof *proof, int32_t unit)
 {
@@ -473,29 +467,29 @@ static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *haza
     return "fetches without waiting for the store";
 }
 
+#define LLMPAR__PROOF_END(...) llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: " __VA_ARGS__)
 static llmpar_status llmpar__proof_end(llmpar__proof *proof)
 {
-    llmpar_error *error = proof->error;
     int32_t runs = proof->policy.micro_batches * proof->passes;
     for (int32_t unit = 0; unit < proof->unit_count; unit++) {
         const llmpar__unit_state *state = &proof->state[unit];
         const char *name = proof->units[unit].name;
         int trained = !proof->policy.forward_only && !proof->units[unit].frozen;
-        if (state->forwards != runs) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)runs);
-        if (state->gathered >= 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
+        if (state->forwards != runs) return LLMPAR__PROOF_END("unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)runs);
+        if (state->gathered >= 0) return LLMPAR__PROOF_END("parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
         for (int use = 0; use < 2; use++)
             for (int local = 0; local < 2; local++)
                 for (int slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
                     if (state->buffer[use][local][slot].live)
-                        return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
+                        return LLMPAR__PROOF_END("gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
         if (!proof->policy.forward_only && unit >= proof->first && (state->backwards != runs || (trained && !state->updated)))
-            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)runs, state->updated ? "" : "not ");
-        if (trained && proof->policy.master && !state->cast) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its master parameters never cast", name);
+            return LLMPAR__PROOF_END("unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)runs, state->updated ? "" : "not ");
+        if (trained && proof->policy.master && !state->cast) return LLMPAR__PROOF_END("unit %s was updated and its master parameters never cast", name);
         if (trained && llmpar_policy_whole_params(&proof->policy) && !llmpar_policy_whole_state(&proof->policy) && !state->regathered)
-            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its whole parameters never gathered again", name);
-        if (state->has_state || state->has_params) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: %s of unit %s are not in their store", state->has_state ? "optimizer states" : "parameters", name);
+            return LLMPAR__PROOF_END("unit %s was updated and its whole parameters never gathered again", name);
+        if (state->has_state || state->has_params) return LLMPAR__PROOF_END("%s of unit %s are not in their store", state->has_state ? "optimizer states" : "parameters", name);
     }
-    if (proof->scalar[1] < 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: the loss is never reduced");
+    if (proof->scalar[1] < 0) return LLMPAR__PROOF_END("the loss is never reduced");
     return LLMPAR_OK;
 }
 
@@ -520,7 +514,6 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     llmpar__proof proof;
     llmpar__order order;
     memset(&proof, 0, sizeof proof);
-    memset(&order, 0, sizeof order);
     proof.list = list;
     proof.count = count;
     proof.units = units;
@@ -547,3 +540,5 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     llmpar_heap_free(heap, proof.state);
     return status;
 }
+
+#undef LLMPAR__PROOF_END

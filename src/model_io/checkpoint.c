@@ -20,7 +20,7 @@ struct llmpar_checkpoint {
     llmpar_optim *optim;
     llmpar_ctx *ctx;
     char *directory, *config;
-    int32_t keep, background;
+    int32_t keep, background, fits;       /* fits: load would take the manifest */
     /* The save under way. */
     int busy;                             /* parts are written, or being written */
     llmpar_checkpoint_info info;
@@ -361,7 +361,9 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmp
     if (status) return status;
     llmpar_error_clear(&c->error);
     llmpar__checkpoint_fill(c, info);
-    if (c->ctx->rank == 0) status = llmpar__checkpoint_begin(c->ctx->io, c->directory, c->info.step, &c->error);
+    if (c->ctx->rank == 0 && !c->fits) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, NULL, NULL, NULL, &c->error);
+    c->fits = !status;
+    if (c->ctx->rank == 0 && !status) status = llmpar__checkpoint_begin(c->ctx->io, c->directory, c->info.step, &c->error);
     status = llmpar__checkpoint_agree(c->ctx, status, &c->error, "checkpoint begun");
     if (status) return status;
     c->busy = 1;

@@ -70,20 +70,17 @@ static int llmpar__directory_sweep(void *user, const char *name)
     return number;
 }
 
-static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), llmpar__directory_scan *scan)
+static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user)
 {
     int number;
-    do number = io->list(io->user, path, entry, scan);
+    do number = io->list(io->user, path, entry, user);
     while (number == EINTR);
     return number;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error)
 {
-    llmpar__directory_scan scan;
-    memset(&scan, 0, sizeof scan);
-    scan.below = below;
-    scan.newest = -1;
+    llmpar__directory_scan scan = {NULL, NULL, below, -1, 0};
     io = io ? io : llmpar_io_system();
     int number = llmpar_file_kind(io, directory) == LLMPAR_IO_NONE ? 0 : llmpar__directory_list(io, directory, llmpar__directory_newest, &scan);
     *step = scan.newest;
@@ -92,10 +89,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_find(const llmpar_io *io, c
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error)
 {
-    llmpar__directory_scan scan;
-    memset(&scan, 0, sizeof scan);
-    scan.io = io = io ? io : llmpar_io_system();
-    scan.directory = path;
+    llmpar__directory_scan scan = {io ? io : llmpar_io_system(), path, 0, 0, 0};
+    io = scan.io;
     int number;
     do { /* a listing may miss entries while others are removed */
         scan.removed = 0;
@@ -133,8 +128,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
     }
     while (!status) {
         left.name[0] = 0;
-        do number = io->list(io->user, directory, llmpar__directory_leftover, &left);
-        while (number == EINTR);
+        number = llmpar__directory_list(io, directory, llmpar__directory_leftover, &left);
         if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
         if (!left.name[0]) break;
         snprintf(path, sizeof path, "%s/%s.tmp", directory, left.name);

@@ -11,6 +11,7 @@
 
 #define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
 #define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
+#define LLMPAR__CHECKPOINT_MANIFEST ((size_t)1 << 30) /* bytes of a manifest, at most */
 #define LLMPAR__CHECKPOINT_NAME 1024  /* of a tensor with its kind, and of a file */
 #define LLMPAR__CHECKPOINT_PATH 3072  /* of a file: the directory's length is checked once, at the entrance (1000 to save into, 2047 to load from), so that names behind it always fit */
 
@@ -75,7 +76,7 @@ typedef struct llmpar__manifest {
     llmpar__manifest_part *part;
     llmpar_json *json;
 } llmpar__manifest;
-/* Writes `path` (synced under its name; its directory is not). files: of ranks with bytes 0 there are none; config: NULL, or its entry. */
+/* Writes `path` (synced under its name; its directory is not). ranks: of those with bytes 0 there are no files; config: NULL, or its entry. path NULL: nothing is written; refuses what load would, for its size. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
 /* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);

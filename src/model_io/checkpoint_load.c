@@ -16,7 +16,6 @@
 #define LLMPAR__LOAD_PIECE ((size_t)512 << 10)  /* of a part, at once in memory: stays in a cache */
 #define LLMPAR__LOAD_AHEAD ((size_t)64 << 10)   /* what short runs are read through */
 #define LLMPAR__LOAD_FILES 32                   /* open at once */
-#define LLMPAR__LOAD_MANIFEST ((size_t)1 << 30) /* bytes, at most */
 
 typedef struct llmpar__load_file { int32_t index; llmpar_safetensors *file; } llmpar__load_file;
 typedef struct llmpar__load {
@@ -44,7 +43,7 @@ static llmpar_status llmpar__load_manifest(llmpar__load *load)
     const size_t most = LLMPAR__CHECKPOINT_PATH - LLMPAR__CHECKPOINT_NAME - 1;
     if (strlen(load->path) > most) return llmpar_error_set(&load->error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %zu bytes", load->path, most);
     snprintf(path, sizeof path, "%s/manifest.json", load->path);
-    llmpar_status status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__LOAD_MANIFEST, &text, &bytes, &load->error);
+    llmpar_status status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__CHECKPOINT_MANIFEST, &text, &bytes, &load->error);
     if (!status) status = llmpar__manifest_parse(heap, text, bytes, path, &load->manifest, &load->error);
     llmpar_heap_free(heap, text);
     const char *slash = strrchr(load->path, '/');
@@ -363,6 +362,5 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
 #undef LLMPAR__LOAD_PIECE
 #undef LLMPAR__LOAD_AHEAD
 #undef LLMPAR__LOAD_FILES
-#undef LLMPAR__LOAD_MANIFEST
 
 #endif /* LLMPAR_NO_IO */

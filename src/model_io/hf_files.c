@@ -11,6 +11,7 @@
 
 #define LLMPAR__HF_SINGLE "model.safetensors"
 #define LLMPAR__HF_INDEX "model.safetensors.index.json"
+#define LLMPAR__HF_BAD(...) llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: " __VA_ARGS__)
 #define LLMPAR__HF_MAX_INDEX ((size_t)100000000) /* bytes, as for a header */
 
 LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
@@ -36,10 +37,10 @@ LLMPAR_DEF void llmpar_hf_index_free(llmpar_heap *heap, llmpar_hf_index *index)
 static llmpar_status llmpar__hf_index_entry(llmpar_hf_index *index, const llmpar_json *entry, const char *name, llmpar_error *error)
 {
     int32_t f = index->count ? index->place[index->count - 1] : 0; /* mostly the file of the tensor before */
-    if (strlen(entry->key) != entry->key_length) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": the name holds a NUL byte (byte %zu)", name, entry->key, entry->position);
-    if (entry->type != LLMPAR_JSON_STRING) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": expected the name of a file (byte %zu)", name, entry->key, entry->position);
+    if (strlen(entry->key) != entry->key_length) return LLMPAR__HF_BAD("tensor \"%.200s\": the name holds a NUL byte (byte %zu)", name, entry->key, entry->position);
+    if (entry->type != LLMPAR_JSON_STRING) return LLMPAR__HF_BAD("tensor \"%.200s\": expected the name of a file (byte %zu)", name, entry->key, entry->position);
     if (!entry->length || entry->length > 255 || strlen(entry->string) != entry->length || strpbrk(entry->string, "/\\") || strstr(entry->string, "..") || !strcmp(entry->string, "."))
-        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" in file \"%.255s\": expected the name of a file in this directory, without '/', '\\' and \"..\" (byte %zu)", name, entry->key, entry->string, entry->position);
+        return LLMPAR__HF_BAD("tensor \"%.200s\" in file \"%.255s\": expected the name of a file in this directory, without '/', '\\' and \"..\" (byte %zu)", name, entry->key, entry->string, entry->position);
     if (!index->files || strcmp(index->file[f], entry->string))
         for (f = 0; f < index->files && strcmp(index->file[f], entry->string); f++) {}
     if (f == LLMPAR_HF_MAX_FILES) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "%s: file \"%.255s\" is one more than the %d that a model may have (byte %zu)", name, entry->string, LLMPAR_HF_MAX_FILES, entry->position);
@@ -61,14 +62,14 @@ LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *te
     if (status) return status;
     const llmpar_json *map = llmpar_json_get(out->json, "weight_map"), *metadata = llmpar_json_get(out->json, "metadata"), *total = llmpar_json_get(metadata, "total_size");
     for (const llmpar_json *member = out->json->type == LLMPAR_JSON_OBJECT ? out->json->child : NULL; member && !status; member = member->next)
-        if (member != map && member != metadata) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: unknown field \"%.60s\", expected metadata and weight_map (byte %zu)", name, member->key, member->position);
-    if (!status && (!map || map->type != LLMPAR_JSON_OBJECT || !map->length)) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: expected an object with an object weight_map of tensors and files (byte %zu)", name, map ? map->position : out->json->position);
-    if (!status && metadata && metadata->type != LLMPAR_JSON_OBJECT) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata: expected an object (byte %zu)", name, metadata->position);
+        if (member != map && member != metadata) status = LLMPAR__HF_BAD("unknown field \"%.60s\", expected metadata and weight_map (byte %zu)", name, member->key, member->position);
+    if (!status && (!map || map->type != LLMPAR_JSON_OBJECT || !map->length)) status = LLMPAR__HF_BAD("expected an object with an object weight_map of tensors and files (byte %zu)", name, map ? map->position : out->json->position);
+    if (!status && metadata && metadata->type != LLMPAR_JSON_OBJECT) status = LLMPAR__HF_BAD("metadata: expected an object (byte %zu)", name, metadata->position);
     if (!status && total) {
         /* Some tools have written it as 123.0. */
         int whole = total->type == LLMPAR_JSON_NUMBER && total->number >= 0 && (total->is_integer || (total->number < 9007199254740992.0 && (double)(int64_t)total->number == total->number));
         if (whole) out->total_size = total->is_integer ? total->integer : (int64_t)total->number;
-        else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
+        else status = LLMPAR__HF_BAD("metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
     }
     if (!status) {
         out->tensor = (const char **)llmpar_heap_alloc(heap, map->length, sizeof *out->tensor);
@@ -118,7 +119,7 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
         const llmpar_safetensors *file = files->file[index->place[i]];
         const llmpar_safetensor *tensor = llmpar_safetensors_find(file, index->tensor[i]);
         if (tensor) seen[first[index->place[i]] + (tensor - file->tensor)] = 1;
-        else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is said to be in %s, which does not have it", files->path, index->tensor[i], index->file[index->place[i]]);
+        else status = LLMPAR__HF_BAD("tensor %.200s is said to be in %s, which does not have it", files->path, index->tensor[i], index->file[index->place[i]]);
     }
     for (int32_t f = 0; f < files->count && !status; f++)
         for (int32_t t = 0; t < files->file[f]->count && !status; t++) {
@@ -127,11 +128,11 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
             if (seen[first[f] + t]) continue;
             int32_t other = 0;
             while (other < files->count && (other == f || !llmpar_safetensors_find(files->file[other], tensor->name))) other++;
-            if (other < files->count) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is in %s and in %s, expected once", files->path, tensor->name, index->file[other], index->file[f]);
-            else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is in %s and not in the index", files->path, tensor->name, index->file[f]);
+            if (other < files->count) status = LLMPAR__HF_BAD("tensor %.200s is in %s and in %s, expected once", files->path, tensor->name, index->file[other], index->file[f]);
+            else status = LLMPAR__HF_BAD("tensor %.200s is in %s and not in the index", files->path, tensor->name, index->file[f]);
         }
     if (!status && index->total_size >= 0 && index->total_size != total)
-        status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata.total_size is %lld, but the tensors have %lld bytes", files->path, (long long)index->total_size, (long long)total);
+        status = LLMPAR__HF_BAD("metadata.total_size is %lld, but the tensors have %lld bytes", files->path, (long long)index->total_size, (long long)total);
     llmpar_heap_free(files->heap, seen);
     return status;
 }
@@ -415,6 +416,7 @@ LLMPAR_DEF void llmpar_hf_writer_abandon(llmpar_hf_writer *writer)
 
 #undef LLMPAR__HF_SINGLE
 #undef LLMPAR__HF_INDEX
+#undef LLMPAR__HF_BAD
 #undef LLMPAR__HF_MAX_INDEX
 
 #endif /* LLMPAR_NO_IO */

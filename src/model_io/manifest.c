@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/bits_internal.h"
 #include "base/size.h"
 
 #if !defined(LLMPAR_NO_IO)
@@ -14,14 +15,16 @@
 /* ---- writing ---- */
 
 typedef struct llmpar__manifest_out {
-    llmpar_writer *writer;
+    llmpar_writer *writer; /* NULL: bytes are only counted */
+    size_t bytes;
     llmpar_error *error;
     llmpar_status status; /* the first failure */
 } llmpar__manifest_out;
 
 static void llmpar__manifest_add(llmpar__manifest_out *out, const char *text)
 {
-    if (!out->status) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
+    out->bytes += strlen(text);
+    if (!out->status && out->writer) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
 }
 
 static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
@@ -90,16 +93,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar__array array[LLMPAR__ARRAYS];
-    llmpar__manifest_out out;
+    llmpar__manifest_out out = {NULL, 0, error, LLMPAR_OK};
+    const llmpar__checkpoint_file most = {"rank-00000.safetensors", UINT64_MAX, 0};
     int32_t files = 0, first = 1, *index = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)ctx->world, sizeof *index);
-    if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
-    out.error = error;
-    out.writer = NULL;
-    out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
+    if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
+    if (path) out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
     llmpar__manifest_put_info(&out, info);
     llmpar__manifest_put(&out, "},\n\"files\":[");
     for (int32_t r = 0; r <= ctx->world; r++) {
-        const llmpar__checkpoint_file *file = r < ctx->world ? &ranks[r] : config;
+        const llmpar__checkpoint_file *file = !path ? &most : r < ctx->world ? &ranks[r] : config;
         if (!file || !file->bytes) continue;
         if (r < ctx->world) index[r] = files;
         llmpar__manifest_put(&out, "%s\n{\"name\":\"%s\",\"bytes\":%llu,\"xxh64\":\"%016llx\"}", files ? "," : "", file->name, (unsigned long long)file->bytes, (unsigned long long)file->xxh64);
@@ -116,9 +118,10 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
         }
     llmpar__manifest_put(&out, "]");
     uint64_t sum = 0;
-    if (!out.status) llmpar_writer_sum(out.writer, NULL, &sum);
+    if (!out.status && path) llmpar_writer_sum(out.writer, NULL, &sum);
     llmpar__manifest_put(&out, ",\n\"xxh64\":\"%016llx\"}\n", (unsigned long long)sum);
-    if (!out.status) out.status = llmpar_writer_settle(out.writer, error);
+    if (!out.status && path) out.status = llmpar_writer_settle(out.writer, error);
+    if (out.bytes > LLMPAR__CHECKPOINT_MANIFEST && !path) out.status = llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "checkpoint: a manifest of %zu bytes, expected at most %zu", out.bytes, LLMPAR__CHECKPOINT_MANIFEST);
     llmpar_writer_abandon(out.writer);
     llmpar_heap_free(&ctx->heap, index);
     return out.status;
@@ -287,26 +290,29 @@ LLMPAR__PRIVATE_DEF int llmpar__manifest_is_shard(const char *name)
     return length > 12 && !strcmp(name + length - 12, ".safetensors");
 }
 
-/* Do two parts have an element in common? */
-static int llmpar__manifest_overlap(const llmpar_local *a, const llmpar_local *b, int32_t dims)
+/* Random; the indices from a to b weigh draw(b) - draw(a). */
+static uint64_t llmpar__manifest_draw(int64_t index, int32_t dim) { return llmpar__bits_mix((uint64_t)index * LLMPAR_MAX_DIMS + (uint64_t)dim); }
+
+/* What a part weighs, where each index of a dim has a random weight and an element the product of its indices'. Parts that hold every element once weigh what the tensor does; others only by chance, once in 2^48. */
+static uint64_t llmpar__manifest_weight(const llmpar_local *part, int32_t dims)
 {
-    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
-    int64_t volume;
-    int same = 1;
-    for (int32_t d = 0; d < dims; d++) {
-        if (a->offset[d] + a->shape[d] <= b->offset[d] || b->offset[d] + b->shape[d] <= a->offset[d]) return 0;
-        same = same && a->offset[d] == b->offset[d] && a->shape[d] == b->shape[d];
+    llmpar__box box[LLMPAR__BOXES];
+    uint64_t sum = 0, weight;
+    for (int32_t b = llmpar__mesh_boxes(part, dims, box); b-- > 0; sum += weight) {
+        weight = 1;
+        for (int32_t d = 0; d < dims; d++) weight *= llmpar__manifest_draw(box[b].end[d], d) - llmpar__manifest_draw(box[b].begin[d], d);
     }
-    if (same) return a->flat_begin < b->flat_begin + b->flat_count && b->flat_begin < a->flat_begin + a->flat_count;
-    llmpar__mesh_common(a, b, dims, box, &volume);
-    return volume > 0;
+    return sum;
 }
 
 static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m, llmpar__manifest_tensor *tensor, int64_t elements, llmpar__manifest_part *part)
 {
-    int64_t held = 0;
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    uint64_t weight = 1; /* that no part has had yet */
+    int64_t held = 0, common;
+    for (int32_t d = 0; d < tensor->dims; d++) weight *= llmpar__manifest_draw(tensor->shape[d], d) - llmpar__manifest_draw(0, d);
     tensor->part = part;
-    for (const llmpar_json *p = llmpar__manifest_array(in, list, "parts"); p && !in->status; p = p->next, part++) {
+    for (const llmpar_json *p = llmpar__manifest_array(in, list, "parts"); p && !in->status && held <= elements; p = p->next, part++) {
         llmpar_local *local = &part->local;
         if (!llmpar__manifest_object(in, p, tensor->name, "file offset shape begin count")) return;
         part->file = (int32_t)llmpar__manifest_member(in, p, "file", 0, (int64_t)m->files - 1);
@@ -320,12 +326,17 @@ static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *l
         local->flat_begin = llmpar__manifest_member(in, p, "begin", 0, local->elements);
         local->flat_count = llmpar__manifest_member(in, p, "count", 1, local->elements - local->flat_begin);
         if (tensor->parts && part->file <= part[-1].file) llmpar__manifest_bad(in, p, "%.200s: parts in files %d and %d, expected one a file, in their order", tensor->name, (int)part[-1].file, (int)part->file);
-        for (int32_t i = 0; i < tensor->parts && !in->status; i++)
-            if (llmpar__manifest_overlap(&tensor->part[i].local, local, tensor->dims)) llmpar__manifest_bad(in, p, "%.200s: the parts in %s and %s overlap", tensor->name, m->file[tensor->part[i].file].name, m->file[part->file].name);
-        held += in->status ? 0 : local->flat_count;
+        if (in->status) return;
+        held += local->flat_count;
+        weight -= llmpar__manifest_weight(local, tensor->dims);
         tensor->parts++;
     }
-    if (held != elements) llmpar__manifest_bad(in, list, "%.200s: its parts have %lld elements, expected %lld", tensor->name, (long long)held, (long long)elements);
+    /* Each with each, in search of a culprit. */
+    const llmpar_json *p = list->child;
+    for (const llmpar__manifest_part *a = tensor->part; weight && !in->status && a < tensor->part + tensor->parts; a++, p = p->next)
+        for (const llmpar__manifest_part *b = tensor->part; b < a && !in->status; b++)
+            if (llmpar__mesh_common(&a->local, &b->local, tensor->dims, box, &common)) llmpar__manifest_bad(in, p, "%.200s: the parts in %s and %s overlap", tensor->name, m->file[b->file].name, m->file[a->file].name);
+    if (held != elements || weight) llmpar__manifest_bad(in, list, "%.200s: its parts have %lld elements, expected %lld", tensor->name, (long long)held, (long long)elements);
 }
 
 static void llmpar__manifest_tensors(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m)
@@ -376,15 +387,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, cons
     char tail[LLMPAR__MANIFEST_TAIL + 1];
     llmpar_json_desc desc;
     llmpar_xxh64 sum;
-    llmpar__manifest_in in;
+    llmpar__manifest_in in = {name, error, LLMPAR_OK};
     memset(m, 0, sizeof *m);
     memset(&desc, 0, sizeof desc);
     desc.max_depth = 8;
     desc.unique_keys = 1;
     desc.name = name;
-    in.name = name;
-    in.error = error;
-    in.status = LLMPAR_OK;
     if (length < LLMPAR__MANIFEST_TAIL) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %zu bytes are no manifest", name, length);
     llmpar_xxh64_begin(&sum);
     llmpar_xxh64_add(&sum, text, length - LLMPAR__MANIFEST_TAIL);

@@ -261,12 +261,13 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_look(llmpar__nccl_world *world)
         llmpar__nccl_peer *peer = &world->peer[i];
         if (peer->link.fd < 0) continue;
         int alive = 1, sane = 1;
-        for (int more = 1; more && alive && sane;) {
+        for (int more = peer->link.ready || peer->link.in_used; more && alive && sane;) {
             size_t before = peer->link.in_used;
             alive = llmpar__nccl_link_fill(&peer->link);
             more = peer->link.in_used == peer->link.in_room && peer->link.in_used > before;
             sane = llmpar__nccl_read(world, i);
         }
+        peer->link.ready = 0;
         size_t waiting = peer->link.out_used;
         if (alive && sane) alive = llmpar__nccl_link_flush(&peer->link);
         if (waiting > peer->link.out_used) pthread_cond_broadcast(&world->wake); /* there is room again */

@@ -20,17 +20,14 @@
 
 static void llmpar__nccl_context_free(llmpar__nccl_context *context)
 {
-    free(context->member);
+    if (context) free(context->member);
     free(context);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_free(llmpar__nccl_world *world)
 {
-    while (world->contexts) {
-        llmpar__nccl_context *context = world->contexts;
-        world->contexts = context->next;
-        llmpar__nccl_context_free(context);
-    }
+    while (world->contexts) llmpar__nccl_context_free(world->context[--world->contexts]);
+    free(world->context);
     llmpar_heap_free(world->heap, world->slot);
     llmpar_heap_free(world->heap, world->here);
 }
@@ -39,9 +36,13 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_free(llmpar__nccl_world *world)
 static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world, const int32_t *member, int32_t members)
 {
     size_t n = (size_t)members;
-    llmpar__nccl_context *context = (llmpar__nccl_context *)calloc(1, sizeof *context);
+    uint64_t id = 0;
+    llmpar__nccl_context *context = (llmpar__nccl_context *)calloc(1, sizeof *context), **table = world->context;
     int32_t *all = context ? (int32_t *)calloc(4 * n, sizeof *all) : NULL;
-    if (!all) {
+    while (id < world->contexts && world->context[id]) id++;
+    if (all && id == world->contexts) table = (llmpar__nccl_context **)realloc((void *)world->context, (size_t)(id + 1) * sizeof *table);
+    if (!all || !table) {
+        free(all);
         free(context);
         return NULL;
     }
@@ -52,9 +53,10 @@ static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world
     for (int32_t i = 0; i < members; i++) all[i] = member ? member[i] : i;
     context->members = members;
     context->oldest = context->newest = -1;
-    context->id = world->next_context++;
-    context->next = world->contexts;
-    world->contexts = context;
+    context->id = id;
+    world->context = table;
+    world->context[id] = context;
+    if (id == world->contexts) world->contexts++;
     return context;
 }
 
@@ -75,9 +77,7 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
 
 static llmpar__nccl_context *llmpar__nccl_context_of(llmpar__nccl_world *world, uint64_t id)
 {
-    for (llmpar__nccl_context *c = world->contexts; c; c = c->next)
-        if (c->id == id) return c;
-    return NULL;
+    return id < world->contexts ? world->context[id] : NULL;
 }
 
 /* ---- failures ---- */
@@ -276,17 +276,15 @@ static int llmpar__nccl_hub_split(llmpar__nccl_world *world, int32_t rank, const
 
 static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, int32_t rank, uint64_t id)
 {
-    llmpar__nccl_context **at = &world->contexts, *context;
+    llmpar__nccl_context *context = llmpar__nccl_context_of(world, id);
     int32_t member = 0;
     if (world->convicted) return 1; /* it may come from the midst of anything */
-    while (*at && (*at)->id != id) at = &(*at)->next;
-    context = *at;
     while (context && member < context->members && context->member[member] != rank) member++;
     if (!context || member == context->members || context->waits[member]) return -1;
     context->waits[member] = 1; /* nothing comes from it any more */
     if (++context->dropped < context->members) return 1;
     while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
-    *at = context->next;
+    world->context[id] = NULL; /* each member has said that it says no more of it: another may have its number */
     llmpar__nccl_context_free(context);
     return 1;
 }
@@ -335,8 +333,9 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_take(llmpar__nccl_world *world, int32_t
 /* A call that a rank has returned without. */
 static void llmpar__nccl_hub_returned(llmpar__nccl_world *world, double now)
 {
-    for (const llmpar__nccl_context *context = world->contexts; context; context = context->next)
-        for (int32_t i = context->oldest; i >= 0 && now >= world->slot[i].since + LLMPAR__NCCL_GONE; i = world->slot[i].next) {
+    for (uint64_t id = 0; id < world->contexts; id++) {
+        const llmpar__nccl_context *context = world->context[id];
+        for (int32_t i = context ? context->oldest : -1; i >= 0 && now >= world->slot[i].since + LLMPAR__NCCL_GONE; i = world->slot[i].next) {
             const llmpar__nccl_slot *slot = &world->slot[i];
             for (int32_t m = 0; m < context->members; m++) {
                 if (slot->first.from >= 0 && m != slot->first.from && m != slot->first.to) continue;
@@ -352,6 +351,7 @@ static void llmpar__nccl_hub_returned(llmpar__nccl_world *world, double now)
                 return;
             }
         }
+    }
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)

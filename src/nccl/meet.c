@@ -268,16 +268,37 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
     return 1;
 }
 
+/* As NCCL itself tells GPUs and machines apart; of one GPU by rank. */
+static int llmpar__nccl_by_place(const void *x, const void *y)
+{
+    const llmpar__nccl_hello *a = *(const llmpar__nccl_hello *const *)x, *b = *(const llmpar__nccl_hello *const *)y;
+    int order = strcmp(a->place, b->place);
+    if (!order) order = strcmp(a->host, b->host);
+    if (!order) order = strcmp(a->boot, b->boot);
+    return order ? order : a->rank - b->rank;
+}
+
 static void llmpar__nccl_neighbours(const llmpar__nccl_world *world, const llmpar__nccl_hello *all, llmpar_error *error)
 {
+    size_t n = (size_t)world->ranks;
     char a[120], b[120];
-    for (int32_t i = 0; i < world->ranks && !world->desc.one_device; i++)
-        for (int32_t j = 0; j < i && all[i].place[0]; j++) {
-            if (strcmp(all[i].place, all[j].place) || strcmp(all[i].host, all[j].host) || strcmp(all[i].boot, all[j].boot)) continue; /* as NCCL itself tells machines apart */
-            llmpar_error_set(error, LLMPAR_ERR_CONFIG, "nccl: %s and %s have the same GPU, %s (NCCL needs one a rank)", llmpar__nccl_name(&all[j], a), llmpar__nccl_name(&all[i], b), all[i].place);
-            if (error->rank < 0) error->rank = i;
-            return;
-        }
+    if (world->desc.one_device) return;
+    const llmpar__nccl_hello **by = (const llmpar__nccl_hello **)malloc(n * sizeof *by), *first = NULL, *second = NULL;
+    if (!by) {
+        llmpar_error_set(error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) by[i] = &all[i];
+    qsort((void *)by, n, sizeof *by, llmpar__nccl_by_place);
+    for (size_t i = 1; i < n; i++) { /* the lowest rank that comes second */
+        if (!by[i]->place[0] || strcmp(by[i]->place, by[i - 1]->place) || strcmp(by[i]->host, by[i - 1]->host) || strcmp(by[i]->boot, by[i - 1]->boot) || (second && second->rank < by[i]->rank)) continue;
+        first = by[i - 1];
+        second = by[i];
+    }
+    free((void *)by);
+    if (!second) return;
+    llmpar_error_set(error, LLMPAR_ERR_CONFIG, "nccl: %s and %s have the same GPU, %s (NCCL needs one a rank)", llmpar__nccl_name(first, a), llmpar__nccl_name(second, b), second->place);
+    if (error->rank < 0) error->rank = second->rank;
 }
 
 static void llmpar__nccl_missing(const llmpar__nccl_world *world, llmpar_error *error)

@@ -4,6 +4,7 @@
 #define LLMPAR_NCCL_INTERNAL_H
 
 #include <nccl.h>
+#include <poll.h>
 #include <pthread.h>
 
 #if NCCL_VERSION_CODE < 22000
@@ -82,6 +83,7 @@ typedef struct llmpar__nccl_link {
     int fd;                    /* -1: none */
     unsigned char *in, *out;
     size_t in_room, in_used, out_room, out_used;
+    int ready;                 /* the last wait has found something on it: to read, or its end */
 } llmpar__nccl_link;
 
 /* What rank 0 knows of a rank; the others know rank 0 alone, as peer[0]. */
@@ -106,7 +108,6 @@ typedef struct llmpar__nccl_slot {
 
 /* A communicator as rank 0 knows it; of malloc: it is made by the helper's thread, which may not use the rank's heap. */
 typedef struct llmpar__nccl_context {
-    struct llmpar__nccl_context *next;
     uint64_t id;
     int32_t members, dropped, asked; /* asked: members that have come to the present split */
     int32_t oldest, newest;    /* of its slots; -1: none */
@@ -140,6 +141,8 @@ typedef struct llmpar__nccl_world {
     int32_t helping, stop;
     int pipe[2];               /* wakes the helper */
     llmpar__nccl_peer *peer;   /* [ranks]; not rank 0: [1] */
+    struct pollfd *polled;     /* [1 + ranks] of the helper: the pipe, then links; not rank 0: [2] */
+    int32_t *polled_peer;      /* whose */
     int32_t aborted;           /* atomic too: the job has failed */
     llmpar__nccl_verdict verdict;
     double failed_at;
@@ -157,8 +160,8 @@ typedef struct llmpar__nccl_world {
     unsigned char *here;
     int32_t slots, free_slot;  /* never without one that a rank may have */
     int32_t common;            /* slots in use that are no rank's own */
-    llmpar__nccl_context *contexts;
-    uint64_t next_context;
+    llmpar__nccl_context **context; /* [contexts] by id, of malloc; NULL: nobody's any more, and free for the next */
+    uint64_t contexts;
     int32_t convicted, waiting_for_told, closing;
 
     pthread_mutex_t nccl_lock; /* around NCCL's calls, the list of communicators and their handles */
@@ -209,7 +212,7 @@ LLMPAR__PRIVATE int llmpar__nccl_link_make(llmpar_heap *heap, llmpar__nccl_link 
 LLMPAR__PRIVATE int llmpar__nccl_link_put(llmpar__nccl_link *link, llmpar__nccl_kind kind, const void *a, size_t a_bytes, const void *b, size_t b_bytes);
 LLMPAR__PRIVATE int llmpar__nccl_link_flush(llmpar__nccl_link *link);  /* as much as goes; 0: broken */
 LLMPAR__PRIVATE int llmpar__nccl_link_fill(llmpar__nccl_link *link);   /* as much as has come; 0: broken or over */
-LLMPAR__PRIVATE void llmpar__nccl_wait_links(llmpar__nccl_world *world, double seconds); /* without the lock: until something can be read, or written where it has to be, or poke */
+LLMPAR__PRIVATE void llmpar__nccl_wait_links(llmpar__nccl_world *world, double seconds); /* without the lock: until something can be read, or written where it has to be, or poke; says of each link whether it is ready */
 LLMPAR__PRIVATE void llmpar__nccl_poke(const llmpar__nccl_world *world);
 LLMPAR__PRIVATE int llmpar__nccl_pipe(int fds[2]);
 

@@ -9,7 +9,6 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -314,9 +313,11 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_link_flush(llmpar__nccl_link *link)
 LLMPAR__PRIVATE_DEF int llmpar__nccl_link_fill(llmpar__nccl_link *link)
 {
     while (link->fd >= 0 && link->in_used < link->in_room) {
-        ssize_t got = recv(link->fd, link->in + link->in_used, link->in_room - link->in_used, 0);
+        size_t room = link->in_room - link->in_used;
+        ssize_t got = recv(link->fd, link->in + link->in_used, room, 0);
         if (got > 0) {
             link->in_used += (size_t)got;
+            if ((size_t)got < room) break; /* it is empty for now; its end would be the next wait's to find */
             continue;
         }
         if (got < 0 && errno == EINTR) continue;
@@ -327,31 +328,27 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_link_fill(llmpar__nccl_link *link)
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_wait_links(llmpar__nccl_world *world, double seconds)
 {
-    enum { MOST = 64 };
-    struct pollfd p[MOST + 1];
-    int count = 0, peers = world->rank ? 1 : world->ranks, more = 0;
-    p[count].fd = world->pipe[0];
-    p[count].revents = 0;
-    p[count++].events = POLLIN;
+    struct pollfd *p = world->polled;
+    int32_t count = 1, peers = world->rank ? 1 : world->ranks;
+    p[0].fd = world->pipe[0];
+    p[0].events = POLLIN;
     pthread_mutex_lock(&world->lock);
-    for (int i = 0; i < peers; i++) {
+    for (int32_t i = 0; i < peers; i++) {
         const llmpar__nccl_link *link = &world->peer[i].link;
         if (link->fd < 0) continue;
-        if (count > MOST) {
-            more = 1;
-            break;
-        }
+        world->polled_peer[count] = i;
         p[count].fd = link->fd;
-        p[count].revents = 0;
         p[count++].events = (short)((link->in_used < link->in_room ? POLLIN : 0) | (link->out_used ? POLLOUT : 0));
     }
     pthread_mutex_unlock(&world->lock);
-    if (more && seconds > 0.005) seconds = 0.005; /* the links beyond are looked at all the same, every time */
-    poll(p, (nfds_t)count, (int)(seconds * 1000) + 1);
+    if (poll(p, (nfds_t)count, (int)(seconds * 1000) + 1) <= 0) return;
     if (p[0].revents) {
         char drop[64];
         while (read(world->pipe[0], drop, sizeof drop) > 0) {}
     }
+    pthread_mutex_lock(&world->lock);
+    for (int32_t i = 1; i < count; i++) world->peer[world->polled_peer[i]].link.ready = (p[i].revents & ~POLLOUT) != 0;
+    pthread_mutex_unlock(&world->lock);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_poke(const llmpar__nccl_world *world)

@@ -45,8 +45,10 @@ static llmpar_status llmpar__nccl_furnish(llmpar__nccl_world *world)
     int there = 1;
     world->peer = (llmpar__nccl_peer *)llmpar_heap_zalloc(world->heap, links, sizeof *world->peer);
     world->group_member = (int32_t *)llmpar_heap_zalloc(world->heap, n, sizeof *world->group_member);
+    world->polled = (struct pollfd *)llmpar_heap_zalloc(world->heap, 1 + links, sizeof *world->polled);
+    world->polled_peer = (int32_t *)llmpar_heap_zalloc(world->heap, 1 + links, sizeof *world->polled_peer);
     for (size_t i = 0; world->peer && i < links; i++) world->peer[i].link.fd = -1; /* 0 is somebody's */
-    if (!world->peer || !world->group_member) return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for %d ranks", (int)world->ranks);
+    if (!world->peer || !world->group_member || !world->polled || !world->polled_peer) return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for %d ranks", (int)world->ranks);
     for (size_t i = 0; i < links; i++) {
         world->peer[i].position.rank = (int32_t)i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
@@ -120,6 +122,8 @@ static void llmpar__nccl_world_free(llmpar__nccl_world *world)
     llmpar__nccl_hub_free(world);
     if (world->owns_record) llmpar_record_destroy(world->record);
     llmpar_heap_free(heap, world->peer);
+    llmpar_heap_free(heap, world->polled);
+    llmpar_heap_free(heap, world->polled_peer);
     llmpar_heap_free(heap, world->group_member);
     pthread_cond_destroy(&world->wake);
     pthread_mutex_destroy(&world->lock);

@@ -32,22 +32,23 @@ static llmpar_status llmpar__recipe_exact(const llmpar_trainer_desc *desc, const
     return LLMPAR_OK;
 }
 
+#define LLMPAR__DESC_NO(...) llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: " __VA_ARGS__)
 static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar_error *error)
 {
-    if (d->data && d->sequence) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: data and sequence are both set, expected one");
-    if (d->seq_len < 1 || d->seq_len > ((int64_t)1 << 24)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: seq_len = %lld, expected 1 .. %d", (long long)d->seq_len, 1 << 24);
-    if (d->grad_accum < 1 || d->grad_accum > (1 << 16)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: grad_accum = %d, expected 1 .. %d", (int)d->grad_accum, 1 << 16);
-    if (d->batch < 1 || d->batch > ((int64_t)1 << 30)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: batch = %lld, expected 1 .. %d", (long long)d->batch, 1 << 30);
-    if (d->recompute_every < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute_every = %d, expected at least 1", (int)d->recompute_every);
-    if ((int)d->recompute < 0 || (int)d->recompute > LLMPAR_RECOMPUTE_AUTO) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = %d, expected one of llmpar_recompute", (int)d->recompute);
-    if (d->recompute == LLMPAR_RECOMPUTE_AUTO && !d->memory_limit) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = AUTO needs memory_limit: it takes the cheapest recomputation that fits");
-    if (d->freeze < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: freeze = %d, expected 0 or more units", (int)d->freeze);
-    if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr = %g, expected a positive number", d->lr);
-    if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
-    if (d->warmup < 0 || d->total_steps < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
-    if (d->checkpoint_every < 0 || d->keep < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
-    if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: exact = %d, expected one of llmpar_exact", (int)d->exact);
-    if (!llmpar_is_pow2(d->canon) || d->canon > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: canon = %d, expected a power of two up to 64", (int)d->canon);
+    if (d->data && d->sequence) return LLMPAR__DESC_NO("data and sequence are both set, expected one");
+    if (d->seq_len < 1 || d->seq_len > ((int64_t)1 << 24)) return LLMPAR__DESC_NO("seq_len = %lld, expected 1 .. %d", (long long)d->seq_len, 1 << 24);
+    if (d->grad_accum < 1 || d->grad_accum > (1 << 16)) return LLMPAR__DESC_NO("grad_accum = %d, expected 1 .. %d", (int)d->grad_accum, 1 << 16);
+    if (d->batch < 1 || d->batch > ((int64_t)1 << 30)) return LLMPAR__DESC_NO("batch = %lld, expected 1 .. %d", (long long)d->batch, 1 << 30);
+    if (d->recompute_every < 1) return LLMPAR__DESC_NO("recompute_every = %d, expected at least 1", (int)d->recompute_every);
+    if ((int)d->recompute < 0 || (int)d->recompute > LLMPAR_RECOMPUTE_AUTO) return LLMPAR__DESC_NO("recompute = %d, expected one of llmpar_recompute", (int)d->recompute);
+    if (d->recompute == LLMPAR_RECOMPUTE_AUTO && !d->memory_limit) return LLMPAR__DESC_NO("recompute = AUTO needs memory_limit: it takes the cheapest recomputation that fits");
+    if (d->freeze < 0) return LLMPAR__DESC_NO("freeze = %d, expected 0 or more units", (int)d->freeze);
+    if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return LLMPAR__DESC_NO("lr = %g, expected a positive number", d->lr);
+    if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return LLMPAR__DESC_NO("lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
+    if (d->warmup < 0 || d->total_steps < 0) return LLMPAR__DESC_NO("warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
+    if (d->checkpoint_every < 0 || d->keep < 0) return LLMPAR__DESC_NO("checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
+    if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return LLMPAR__DESC_NO("exact = %d, expected one of llmpar_exact", (int)d->exact);
+    if (!llmpar_is_pow2(d->canon) || d->canon > 64) return LLMPAR__DESC_NO("canon = %d, expected a power of two up to 64", (int)d->canon);
     return LLMPAR_OK;
 }
 
@@ -55,15 +56,15 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
 static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_error *error)
 {
     if (d->dtype != LLMPAR_F16 && (d->loss_scale.scale != 0 || d->loss_scale.least != 0 || d->loss_scale.most != 0 || d->loss_scale.interval))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
-    if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
-    if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
+        return LLMPAR__DESC_NO("loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
+    if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return LLMPAR__DESC_NO("lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
+    if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return LLMPAR__DESC_NO("checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
     if (!d->checkpoint && d->resume && (!strcmp(d->resume, "auto") || !strncmp(d->resume, "step-", 5)))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: resume = %s without checkpoint, expected the directory that it is in", d->resume);
+        return LLMPAR__DESC_NO("resume = %s without checkpoint, expected the directory that it is in", d->resume);
     if (d->offload_update == LLMPAR_TIER_HOST && (d->optim.kind == LLMPAR_OPTIM_LOMO || d->optim.kind == LLMPAR_OPTIM_ADALOMO))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: offload_update = host with %s, expected adamw or sgd: it updates inside backward, where its gradient is", llmpar_optim_name(d->optim.kind));
+        return LLMPAR__DESC_NO("offload_update = host with %s, expected adamw or sgd: it updates inside backward, where its gradient is", llmpar_optim_name(d->optim.kind));
     if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
+        return LLMPAR__DESC_NO("optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
                                 d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
     return LLMPAR_OK;
 }
@@ -361,5 +362,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, 
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_load(t->fsdp, directory) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL) : LLMPAR_ERR_ARGUMENT; }
+
+#undef LLMPAR__DESC_NO
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */

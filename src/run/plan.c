@@ -109,42 +109,24 @@ static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, 
 
 static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__text *out)
 {
+    static const char *const tiers[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
     llmpar_status status = LLMPAR_OK;
-    llmpar_trainer_desc other = *desc;
-    if (desc->recompute == LLMPAR_RECOMPUTE_NONE) {
-        other.recompute = LLMPAR_RECOMPUTE_SELECTIVE;
-        status = llmpar__plan_offer(mesh, model, &other, now, "recompute selective", out);
+    llmpar_trainer_desc other;
+    char accum[48];
+#define LLMPAR__PLAN_OFFER(sensible, change, name) \
+    other = *desc; \
+    change; \
+    if (!status && (sensible)) status = llmpar__plan_offer(mesh, model, &other, now, name, out);
+    LLMPAR__PLAN_OFFER(desc->recompute == LLMPAR_RECOMPUTE_NONE, other.recompute = LLMPAR_RECOMPUTE_SELECTIVE, "recompute selective")
+    LLMPAR__PLAN_OFFER(desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1), (other.recompute = LLMPAR_RECOMPUTE_FULL, other.recompute_every = 1), "recompute full")
+    LLMPAR__PLAN_OFFER(desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1, other.zero = LLMPAR_ZERO_3, "zero 3")
+    LLMPAR__PLAN_OFFER(mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0, other.sequence_parallel = 1, "sp on")
+    for (int state = 0; state < LLMPAR_STATE_COUNT; state++) {
+        LLMPAR__PLAN_OFFER(desc->offload[state] == LLMPAR_TIER_DEVICE, other.offload[state] = LLMPAR_TIER_FILE, tiers[state])
     }
-    if (!status && desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1)) {
-        other = *desc;
-        other.recompute = LLMPAR_RECOMPUTE_FULL;
-        other.recompute_every = 1;
-        status = llmpar__plan_offer(mesh, model, &other, now, "recompute full", out);
-    }
-    if (!status && desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1) {
-        other = *desc;
-        other.zero = LLMPAR_ZERO_3;
-        status = llmpar__plan_offer(mesh, model, &other, now, "zero 3", out);
-    }
-    if (!status && mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0) {
-        other = *desc;
-        other.sequence_parallel = 1;
-        status = llmpar__plan_offer(mesh, model, &other, now, "sp on", out);
-    }
-    for (int state = 0; state < LLMPAR_STATE_COUNT && !status; state++) {
-        static const char *const name[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
-        if (desc->offload[state] != LLMPAR_TIER_DEVICE) continue;
-        other = *desc;
-        other.offload[state] = LLMPAR_TIER_FILE;
-        status = llmpar__plan_offer(mesh, model, &other, now, name[state], out);
-    }
-    if (!status && desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0) {
-        char name[48];
-        other = *desc;
-        other.grad_accum = 2 * desc->grad_accum;
-        snprintf(name, sizeof name, "grad-accum %d", (int)other.grad_accum);
-        status = llmpar__plan_offer(mesh, model, &other, now, name, out);
-    }
+    snprintf(accum, sizeof accum, "grad-accum %d", 2 * (int)desc->grad_accum);
+    LLMPAR__PLAN_OFFER(desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0, other.grad_accum *= 2, accum)
+#undef LLMPAR__PLAN_OFFER
     return status;
 }
 

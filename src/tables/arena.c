@@ -4,8 +4,8 @@
 
      a stretch:  | live | free        | live    | free |        blocks, linked from left to right
 
-   Live blocks are in a hash table of chains by address, free ones in a list; the first that is large enough serves. A piece that was reserved comes first, by address: whoever counts the same requests in a larger one sees the same places, so
-   what it counts is enough. Other free blocks follow by size; of equals the stretch that was taken first, then the lower address. A small one of these requests does not cut a large block: it may live on when the large one is wanted again.
+   Live blocks are in a hash table of chains by address, free ones in a list; the first that is large enough serves. A piece that was reserved comes first, its end last: whoever counts the same requests in a larger one sees the same places, so
+   what it counts is enough. Blocks lie by size; of equals the older stretch first, then the lower address. Outside a piece a small request does not cut a large block: it may live on when the large one is wanted again.
    So a gradient lies where activations were, and a step that repeats takes memory from the device only the first time. Nothing depends on addresses but their order inside a stretch: the same requests always give the same usage, and a
    step that repeats gets the same addresses (which is what lets a device replay it: region_begin, tables/device.h). With a limit nothing is cut: a stretch goes back to the device only as a whole, and what is reserved could not keep to
    the limit. */
@@ -45,7 +45,7 @@ struct llmpar_arena {
     uint64_t limit;
     llmpar_arena_usage usage;
     llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
-    llmpar__arena_block *idle;                        /* those of the piece by address, then all others by size, number, address */
+    llmpar__arena_block *idle;                        /* those of the piece, its end, all others; by size, number, address */
     uint64_t taken;
     char *piece;                                      /* stretch 0, if it was reserved */
 };
@@ -70,7 +70,8 @@ static int llmpar__arena_in_piece(const llmpar_arena *arena, const llmpar__arena
 static int llmpar__arena_before(const llmpar_arena *arena, const llmpar__arena_block *x, const llmpar__arena_block *y)
 {
     int x_in = llmpar__arena_in_piece(arena, x), y_in = llmpar__arena_in_piece(arena, y);
-    if (x_in || y_in) return x_in && (!y_in || x->memory < y->memory);
+    if (x_in != y_in) return x_in;
+    if (x_in && !(x->right && y->right)) return x->right != NULL;
     if (x->bytes != y->bytes) return x->bytes < y->bytes;
     return x->number < y->number || (x->number == y->number && x->memory < y->memory);
 }
