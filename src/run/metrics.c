@@ -66,7 +66,7 @@ static FILE *llmpar__metrics_resume(const llmpar_trainer *t)
 {
     FILE *file = fopen(t->desc.log, "a");
     long keep = 0, step = -1;
-    if (!file || fseek(file, 0, SEEK_END) || ftell(file) <= 0) return file; /* new, a pipe, a device */
+    if (!file || fseek(file, 0, SEEK_END) || ftell(file) <= 0) return file; /* new, no file */
     file = freopen(t->desc.log, "r+", file);
     for (int c = 0, at = 0; file;) {
         static const char head[] = "{\"step\":";
