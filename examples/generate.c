@@ -177,5 +177,5 @@ int main(int argc, char **argv)
     device_launch(&s.device, &launch);
     llmpar_status status = llmpar_launch(&launch, generate, &s, &error);
     free(s.ids);
-    return status ? print_error("generate", &error) : 0;
+    return status ? print_error("generate", &error) : output_end("generate");
 }

@@ -289,5 +289,5 @@ int main(int argc, char **argv)
     launch.record = s.record;
     launch.log = quiet_log;
     device_launch(&s.device, &launch);
-    return llmpar_launch(&launch, train, &s, &error) ? print_error("train_llama", &error) : 0;
+    return llmpar_launch(&launch, train, &s, &error) ? print_error("train_llama", &error) : output_end("train_llama");
 }

@@ -554,6 +554,11 @@ full 'trace.json.tmp: cannot write' --trace trace.json --steps 100 --grad-accum 
 late=
 full 'gradients.safetensors.tmp: cannot write' --save save --save-gradients gradients.safetensors --tp 2
 if [ -w /dev/full ]; then late='./gradients.safetensors '; train 1 '/dev/full: cannot write step 1: No space left on device' --log /dev/full --steps 1; late=; fi
+# what is said on a full disk is not said
+if [ -w /dev/full ]; then
+    row 1 'generate: cannot write to stdout' sh -c 'exec "$@" >/dev/full' sh "$programs/generate" --model "$files/good" --prompt-ids 1 --tokens 4
+    row 1 'train_llama: cannot write to stdout' sh -c 'exec "$@" >/dev/full' sh "$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --steps 1
+fi
 
 # ---- numbers that are not finite ----
 

@@ -92,6 +92,8 @@ static llmpar_status once(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
         if (!wrong) wrong = save(c, 1);
     }
     disarm(ctx, wrong);
+    const char *said = llmpar_last_error(ctx);
+    if (wrong && (!said[0] || said[strlen(said) - 1] == ' ')) TEST_FAIL("rank %d: \"%s\" does not say what was wrong", (int)ctx->rank, said); /* "rank 0: " and no more */
     /* One rank alone can go on at once; where two have to agree, and one cannot, the job ends. */
     if (!status && wrong && sweep.ranks == 1) {
         CHECK(llmpar_last_error(ctx)[0] != 0);
@@ -219,6 +221,9 @@ static void parameters_alone(llmpar_fsdp *fsdp)
     llmpar_fsdp_destroy(other);
 }
 
+static llmpar_status no_host_alloc(llmpar_device *d, size_t bytes, void **out) { return (void)d, (void)bytes, *out = NULL, LLMPAR_ERR_MEMORY; }
+static void no_host_free(llmpar_device *d, void *memory, size_t bytes) { (void)d, (void)memory, (void)bytes; }
+
 /* What is not asked for rightly, names that are no steps, and a save that nobody ends. */
 static llmpar_status odd(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
 {
@@ -261,10 +266,18 @@ static llmpar_status odd(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
     CHECK_INT(newest, 12);
     CHECK_OK(llmpar_checkpoint_newest(ctx, "checkpoints", 12, &newest));
     CHECK_INT(newest, -1); /* the first went, and the others are no steps */
-    sweep.fs->at = sweep.fs->calls + 2;
+    sweep.fs->at = sweep.fs->calls + 1;
     sweep.fs->error = EIO;
     CHECK_STATUS(llmpar_checkpoint_newest(ctx, "checkpoints", INT64_MAX, &newest), LLMPAR_ERR_IO);
     llmpar_error_clear(&ctx->error);
+    const llmpar_device own = *ctx->device;
+    ctx->device->host_alloc = no_host_alloc;
+    ctx->device->host_free = no_host_free;
+    CHECK_STATUS(load(fsdp, adamw, "checkpoints/step-12", 12), LLMPAR_ERR_MEMORY);
+    CHECK_TEXT(llmpar_last_error(ctx), "checkpoints/step-12: out of memory to load it");
+    llmpar_error_clear(&ctx->error);
+    ctx->device->host_alloc = own.host_alloc;
+    ctx->device->host_free = own.host_free;
     refused_by_a_failing_device(ctx, c, 12);
     CHECK_STATUS(save(c, 12), LLMPAR_ERR_IO);
     CHECK_TEXT(llmpar_last_error(ctx), "step-12");

@@ -255,7 +255,34 @@ TEST(in_the_way)
     CHECK_TEXT(run.error.text, "cannot create the directory");
 }
 
+/* A directory that cannot be looked at is not one without checkpoints, in which a new run would begin. */
+static const char *unseen;
+static int unseen_look(void *user, const char *path, llmpar_io_kind *kind, uint64_t *bytes) { return strcmp(path, unseen) ? llmpar_io_system()->look(user, path, kind, bytes) : EIO; }
+TEST(looked_at_in_vain)
+{
+    llmpar_io io = *llmpar_io_system();
+    io.look = unseen_look;
+    damage_begin();
+    unseen = damage_base;
+    cp_run run = damage_run(damage_base, "auto");
+    run.io = &io;
+    CP_GOES(&run);
+    CHECK_INT(run.resumed, 4);
+}
+
 /* ---- keep, log ---- */
+
+/* The program's own fgetc and ferror come before the C library's: a disk that gives back so many characters of the log, and no more. 0: all. */
+static long readable;
+static int unreadable;
+int fgetc(FILE *file)
+{
+    unreadable |= readable && !--readable;
+    if (!unreadable) return getc(file);
+    errno = EIO;
+    return EOF;
+}
+int ferror(FILE *file) { return unreadable || ferror_unlocked(file); }
 
 TEST(keep_and_log)
 {
@@ -290,6 +317,16 @@ TEST(keep_and_log)
     }
     CHECK(at && !*at);
     free(text);
+    /* A log that cannot be read to its end is not cut where reading ended. */
+    run.steps = 9;
+    readable = 100;
+    CHECK_STATUS(cp_go(&run), LLMPAR_ERR_IO);
+    CHECK(unreadable);
+    unreadable = 0;
+    CHECK_TEXT(run.error.text, "run.jsonl: cannot open for writing: Input/output error");
+    size_t before = bytes;
+    free(cp_read(log, &bytes));
+    CHECK_INT(bytes, before);
     /* A new run begins a new log. */
     run = damage_run(NULL, NULL);
     run.policy.log = log;
@@ -423,4 +460,4 @@ TEST(a_full_disk)
     }
 }
 
-TEST_LIST(T_(damaged_files), T_(any_bit_of_the_manifest), T_(latest), T_(of_another_run), T_(in_the_way), T_(keep_and_log), T_(in_the_background), T_(a_full_disk))
+TEST_LIST(T_(damaged_files), T_(any_bit_of_the_manifest), T_(latest), T_(of_another_run), T_(in_the_way), T_(looked_at_in_vain), T_(keep_and_log), T_(in_the_background), T_(a_full_disk))

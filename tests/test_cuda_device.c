@@ -391,7 +391,7 @@ TEST(kernel_fails)
     CUDA_OK(cuda_gpu->stream_create(cuda_gpu, "other", &other));
     emulated_cuda_fail_launch(9, 1); /* refused at once: only that stream is done for */
     CUDA_REFUSED(cuda_gpu->add(cuda_gpu, stream, &add), LLMPAR_ERR_INTERNAL, "cudaErrorInvalidConfiguration");
-    CHECK_STATUS(cuda_gpu->add(cuda_gpu, stream, &add), LLMPAR_ERR_INTERNAL);
+    CUDA_REFUSED(cuda_gpu->add(cuda_gpu, stream, &add), LLMPAR_ERR_INTERNAL, "cudaErrorInvalidConfiguration"); /* with its text, though the rank's was forgotten */
     CHECK_STATUS(cuda_gpu->synchronize(cuda_gpu, stream), LLMPAR_ERR_INTERNAL);
     CUDA_OK(cuda_gpu->add(cuda_gpu, other, &add));
     CUDA_OK(cuda_gpu->synchronize(cuda_gpu, other));

@@ -7,6 +7,8 @@
 #include <dirent.h>
 #include <sched.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #endif
 
@@ -319,6 +321,33 @@ TEST(allocator_hooks)
     }
 }
 
+/* Who may have no more threads is told so, in the system's words. In a process of its own, of nobody: the limit does not hold for root. */
+#if defined(__linux__) && !defined(__SANITIZE_THREAD__)
+TEST(no_more_threads)
+{
+    int status = 0;
+    fflush(NULL);
+    pid_t child = fork();
+    if (!child) {
+        struct rlimit none = { 0, 0 };
+        llmpar_error error;
+        test_failures = 0;
+        CHECK_INT(setrlimit(RLIMIT_NPROC, &none), 0);
+        if (!geteuid()) CHECK_INT(setuid(65534), 0);
+        llmpar_launch_desc desc = { .ranks = 2, .threads = 1 }, workers = { .ranks = 1, .threads = 2 };
+        CHECK_STATUS(llmpar_launch(&desc, meshes, NULL, &error), LLMPAR_ERR_INTERNAL);
+        CHECK_TEXT(error.text, "launch: thread 0 of 2 could not be started: Resource temporarily unavailable");
+        CHECK_STATUS(llmpar_launch(&workers, meshes, NULL, &error), LLMPAR_ERR_MEMORY);
+        CHECK_TEXT(error.text, "cpu: the system refused worker thread 1 of 1: Resource temporarily unavailable");
+        fflush(NULL);
+        _exit(test_failures != 0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+}
+#else
+TEST(no_more_threads) { TEST_SKIP("no limit of threads here"); }
+#endif
+
 #if defined(__x86_64__)
 static llmpar_status denormals(llmpar_ctx *ctx, void *user)
 {
@@ -479,4 +508,4 @@ TEST(unchecked_failures)
 }
 
 /* threads_and_places first: what it calls the processors of this thread no launch has touched. */
-TEST_LIST(T_(threads_and_places), T_(no_descs), T_(unchecked_failures), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
+TEST_LIST(T_(threads_and_places), T_(no_descs), T_(unchecked_failures), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(no_more_threads), T_(float_state), T_(log_sink), T_(nested_launch))

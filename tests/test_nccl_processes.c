@@ -289,6 +289,7 @@ TIMED(a_rank_does_not_come)
     missing = 0;
     run(2, &desc, fails, &nobody);
     all_say(2, LLMPAR_ERR_TIMEOUT, -1, "rank 0 was not to be found at 127.0.0.1");
+    CHECK_TEXT(seen[1].error.text, " s: Connection refused");
     missing = -1;
 }
 

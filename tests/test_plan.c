@@ -18,6 +18,7 @@ typedef struct attempt {
     const char *offload_dir, *log, *trace;
     int fail_rank;                  /* this rank's heap gives nothing from its fail_at-th allocation on .. */
     uint64_t fail_at;               /* .. in llmpar_parallelize; 0: never */
+    int64_t fail_once;              /* or: this one allocation of its thread's there, that of the plan's own heap too */
     /* what came of it */
     int ranks, calls, calls_of_plan;
     llmpar_status status, planned_status[MOST_RANKS], made_status[MOST_RANKS];
@@ -51,6 +52,12 @@ static int read_policy(const char *text, llmpar_trainer_desc *desc, llmpar_llama
     }
     return 0;
 }
+
+/* The allocator of all heaps of a try; 0: nothing fails. */
+static __thread int64_t until_failure;
+static void *once_alloc(void *user, size_t bytes) { return (void)user, until_failure && !--until_failure ? NULL : malloc(bytes); }
+static void once_free(void *user, void *memory, size_t bytes) { (void)user, (void)bytes, free(memory); }
+static const llmpar_allocator once = { once_alloc, once_free, NULL };
 
 static llmpar_status attempt_rank(llmpar_ctx *ctx, void *user)
 {
@@ -91,9 +98,12 @@ static llmpar_status attempt_rank(llmpar_ctx *ctx, void *user)
     if (!status && a->steps >= 0) {
         uint64_t calls = ctx->heap.calls;
         if (a->fail_at && r == a->fail_rank) ctx->heap.fail_at = calls + a->fail_at;
+        until_failure = r == a->fail_rank ? a->fail_once : 0;
         status = a->made_status[r] = llmpar_parallelize(mesh, model, &desc, &trainer);
         snprintf(a->made_text[r], MOST_TEXT, "%s", llmpar_last_error(ctx));
         ctx->heap.fail_at = 0;
+        if (a->fail_once && r == a->fail_rank) a->fail_once = until_failure; /* what is left of it: there are no more */
+        until_failure = 0;
         a->heap_calls[r] = ctx->heap.calls - calls;
         a->taken[r] = ctx->heap.peak - live;
         const llmpar_unit *units = llmpar_llama_units(model, r ? NULL : &a->units);
@@ -135,6 +145,7 @@ static llmpar_status attempt_run(attempt *a)
     launch.transport = LLMPAR_TRANSPORT_THREADS;
     launch.log = train_quiet;
     launch.check = attempt_check;
+    launch.allocator = &once;
     a->status = llmpar_launch(&launch, attempt_rank, a, &a->error);
     for (int r = 0; r < a->ranks; r++)
         if (a->left[r]) TEST_FAIL("%s: rank %d: %llu bytes left", a->policy, r, (unsigned long long)a->left[r]);
@@ -523,4 +534,25 @@ TEST(no_memory)
     }
 }
 
-TEST_LIST(T_(one_by_one), T_(mixed), T_(limit), T_(limit_of_a_small_model), T_(refused_for_nothing), T_(offers_are_true), T_(recompute_auto), T_(touches_nothing), T_(no_memory))
+/* One allocation of one rank's that fails, and none after it: that rank says so. It must not go on without its plan, while the others are in the plan's collectives. */
+TEST(one_allocation)
+{
+    for (int64_t at = 1, limited = 0;; at += 1 + at / test_rounds(12)) {
+        attempt a = attempt_of(1, 1, 2, limited ? "--wrap half --memory-limit 1G" : "--wrap half");
+        a.plan = a.steps = 0;
+        a.fail_rank = (int)(at % 2);
+        a.fail_once = at;
+        attempt_run(&a);
+        if (a.fail_once) {
+            CHECK(at > 400);
+            CHECK_OK(a.status);
+            if (limited) break;
+            limited = 1;
+            at = 0;
+            continue;
+        }
+        if (a.status != LLMPAR_ERR_MEMORY) TEST_FAIL("allocation %lld of rank %d: %s: rank %d: %s", (long long)at, a.fail_rank, llmpar_status_string(a.status), (int)a.error.rank, a.error.text);
+    }
+}
+
+TEST_LIST(T_(one_by_one), T_(mixed), T_(limit), T_(limit_of_a_small_model), T_(refused_for_nothing), T_(offers_are_true), T_(recompute_auto), T_(touches_nothing), T_(no_memory), T_(one_allocation))

@@ -21,6 +21,15 @@ __attribute__((format(printf, 1, 2), unused)) static int option_error(const char
     return 2;
 }
 
+/* A program that has done its work: 0, or 1 with the line printed, where what it has to say did not get to stdout. */
+__attribute__((unused)) static int output_end(const char *program)
+{
+    int failed = fflush(stdout), number = errno; /* as long as it is that of this write */
+    if (!failed && !ferror(stdout)) return 0;
+    fprintf(stderr, "%s: cannot write to stdout%s%s\n", program, failed ? ": " : "", failed ? strerror(number) : "");
+    return 1;
+}
+
 /* 0, or 2 with the line printed: value, expectation. */
 __attribute__((unused)) static int option_long(const char *name, const char *text, long low, long high, long *out)
 {

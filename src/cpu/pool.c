@@ -194,7 +194,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_e
     if (failed) {
         int32_t started = pool->started;
         llmpar__pool_destroy(pool);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d (error %d)", (int)(started + 1), (int)(threads - 1), failed);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d: %s", (int)(started + 1), (int)(threads - 1), strerror(failed));
     }
     *out = pool;
     return LLMPAR_OK;

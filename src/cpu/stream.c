@@ -358,7 +358,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     pthread_attr_destroy(&attributes);
     if (failed) {
         if (cpu->queues->pool_owner == q) cpu->queues->pool_owner = NULL;
-        return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: the system refused a thread for stream %s (error %d)", name, failed);
+        return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: the system refused a thread for stream %s: %s", name, strerror(failed));
     }
     q->alive = 1;
     *out = q;

@@ -25,6 +25,7 @@ typedef struct llmpar__cuda_stream {
     cudaStream_t handle;       /* NULL: not in use */
     llmpar_status status;      /* sticks; the first failure of what was enqueued here. Atomic: host calls set it from the driver's thread */
     llmpar_error error;        /* what a host call said that failed */
+    llmpar_error refused;      /* what else failed first; the rank's thread alone looks at it */
     int told;                  /* atomic: that is complete. The rank's thread may set status while a host call still speaks */
     void *library;             /* desc.library_workspace bytes for products, made with the stream in FAST mode; else NULL */
     char name[24];

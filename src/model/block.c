@@ -310,7 +310,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
     out->saved = l.saved;
     out->scratch = l.scratch;
     out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
-    return LLMPAR_OK;
+    return out->workspace == SIZE_MAX ? LLMPAR_ERR_MEMORY : LLMPAR_OK;
 }
 
 /* ---- what both halves do ---- */

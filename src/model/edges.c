@@ -231,7 +231,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_mi
         llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, summed, columns, s->d, dtype));
         llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, summed, s->leaves, columns, s->d, dtype));
     }
-    return LLMPAR_OK;
+    return out->workspace == SIZE_MAX ? LLMPAR_ERR_MEMORY : LLMPAR_OK;
 }
 
 /* The output projection [V/tp, D]: its own parameter, or the embedding table. */

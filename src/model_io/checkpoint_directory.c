@@ -82,9 +82,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_find(const llmpar_io *io, c
 {
     llmpar__directory_scan scan = {NULL, NULL, below, -1, 0};
     io = io ? io : llmpar_io_system();
-    int number = llmpar_file_kind(io, directory) == LLMPAR_IO_NONE ? 0 : llmpar__directory_list(io, directory, llmpar__directory_newest, &scan);
+    int number = llmpar__directory_list(io, directory, llmpar__directory_newest, &scan);
     *step = scan.newest;
-    return number ? llmpar__directory_error(error, "list it", directory, number) : LLMPAR_OK;
+    return number && number != ENOENT ? llmpar__directory_error(error, "list it", directory, number) : LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error)

@@ -335,7 +335,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
         load->ahead = load->piece + LLMPAR__LOAD_PIECE;
         status = llmpar__load_check(load);
     }
-    status = llmpar__checkpoint_agree(ctx, status, load ? &load->error : &error, "checkpoint verified");
+    status = llmpar__checkpoint_agree(ctx, status, error.status ? &error : &load->error, "checkpoint verified");
     if (!status && accept) status = llmpar__checkpoint_agree(ctx, accept(user, path, &load->manifest.info), NULL, "checkpoint accepted");
     if (!status) {
         status = llmpar__load_numbers(load);

@@ -411,11 +411,12 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
 /* ---- the others ---- */
 
 /* One attempt at one place. The connection, or -1. */
-static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello *hello, double limit)
+static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello *hello, double limit, const char **why)
 {
     llmpar__nccl_accept accept;
-    int fd = llmpar__nccl_connect(host, port, limit);
+    int fd = llmpar__nccl_connect(host, port, limit, why);
     if (fd < 0) return -1;
+    *why = "nobody there answers as rank 0";
     double now = llmpar__nccl_now();
     if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + LLMPAR__NCCL_PATIENCE) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + LLMPAR__NCCL_PATIENCE) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
         accept.key == hello->key)
@@ -424,7 +425,7 @@ static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello
     return -1;
 }
 
-static int llmpar__nccl_try_all(const llmpar__nccl_place *place, const llmpar__nccl_hello *hello, double limit)
+static int llmpar__nccl_try_all(const llmpar__nccl_place *place, const llmpar__nccl_hello *hello, double limit, const char **why)
 {
     const char *at = place->hosts;
     while (*at) {
@@ -434,7 +435,7 @@ static int llmpar__nccl_try_all(const llmpar__nccl_place *place, const llmpar__n
             memcpy(host, at, length);
             host[length] = 0;
             for (int i = 0; i < place->ports && llmpar__nccl_now() < limit; i++) {
-                int fd = llmpar__nccl_try(host, place->port + i, hello, limit);
+                int fd = llmpar__nccl_try(host, place->port + i, hello, limit, why);
                 if (fd >= 0) return fd;
             }
         }
@@ -452,6 +453,7 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
     llmpar__nccl_hello hello;
     llmpar__nccl_welcome welcome;
     char text[LLMPAR__NCCL_PLACE + 1], why[512] = "";
+    const char *last = "no address"; /* why it was not found, at the last place */
     int known = 0, fd = -1;
     memset(text, 0, sizeof text);
     memset(&place, 0, sizeof place);
@@ -477,6 +479,7 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
         if (desc->file) {
             int file = open(desc->file, O_RDONLY | O_CLOEXEC);
             ssize_t got = file >= 0 ? read(file, text, LLMPAR__NCCL_PLACE) : -1;
+            if (got < 0) last = strerror(errno);
             if (file >= 0) close(file);
             text[got > 0 ? got : 0] = 0;
             known = llmpar__nccl_place_read(text, &place, why);
@@ -484,15 +487,15 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
         }
         if (known) {
             llmpar__nccl_hello_fill(world, st, nccl, place.key, &hello);
-            fd = llmpar__nccl_try_all(&place, &hello, limit);
+            fd = llmpar__nccl_try_all(&place, &hello, limit, &last);
         }
         if (fd < 0) llmpar__nccl_nap(round < 20 ? 0.01 : 0.1);
     }
     if (fd < 0) {
         if (st) return st;
         if (why[0]) return llmpar_error_set(world->error, LLMPAR_ERR_PEER, "nccl: the meeting: rank 0: %s", why);
-        return llmpar_error_set(world->error, LLMPAR_ERR_TIMEOUT, "nccl: the meeting: rank 0 was not to be found at %s%.300s within %g s", desc->file ? "the address in " : "",
-                                desc->file ? desc->file : address ? address : place.hosts, desc->deadline);
+        return llmpar_error_set(world->error, LLMPAR_ERR_TIMEOUT, "nccl: the meeting: rank 0 was not to be found at %s%.300s within %g s: %s", desc->file ? "the address in " : "",
+                                desc->file ? desc->file : address ? address : place.hosts, desc->deadline, last);
     }
     int got = llmpar__nccl_receive_all(fd, &welcome, sizeof welcome, limit + 2 * LLMPAR__NCCL_AFTER);
     if (got != 1) {

@@ -194,7 +194,7 @@ struct llmpar__nccl_comm {
 LLMPAR__PRIVATE double llmpar__nccl_now(void);
 LLMPAR__PRIVATE void llmpar__nccl_nap(double seconds);
 LLMPAR__PRIVATE int llmpar__nccl_listen(const char *host, int port, int *bound, int *failure); /* fd or -1; port 0: any; *bound: the port; *failure: errno */
-LLMPAR__PRIVATE int llmpar__nccl_connect(const char *host, int port, double limit);            /* fd or -1 */
+LLMPAR__PRIVATE int llmpar__nccl_connect(const char *host, int port, double limit, const char **why); /* fd; or -1, and *why */
 LLMPAR__PRIVATE int llmpar__nccl_accept_one(int listener);                                      /* fd or -1; never waits */
 LLMPAR__PRIVATE int llmpar__nccl_split_address(const char *address, char host[256], int *port); /* 0: malformed */
 LLMPAR__PRIVATE size_t llmpar__nccl_own_addresses(char *text, size_t capacity);                 /* numeric, blanks between them; the loopback's last */

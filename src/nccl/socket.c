@@ -125,7 +125,7 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_listen(const char *host, int port, int *bou
     return llmpar__nccl_bind(AF_INET, port, loopback4, bound, failure);
 }
 
-LLMPAR__PRIVATE_DEF int llmpar__nccl_connect(const char *host, int port, double limit)
+LLMPAR__PRIVATE_DEF int llmpar__nccl_connect(const char *host, int port, double limit, const char **why)
 {
     struct addrinfo hints, *all = NULL;
     char service[16];
@@ -134,24 +134,30 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_connect(const char *host, int port, double 
     hints.ai_family = AF_UNSPEC;
     hints.ai_socktype = SOCK_STREAM;
     snprintf(service, sizeof service, "%d", port);
-    if (getaddrinfo(host, service, &hints, &all)) return -1;
+    int unknown = getaddrinfo(host, service, &hints, &all);
+    if (unknown) {
+        *why = gai_strerror(unknown);
+        return -1;
+    }
     for (struct addrinfo *a = all; a && fd < 0; a = a->ai_next) {
         double until = llmpar__nccl_now() + 2;
         if (until > limit) until = limit;
         fd = socket(a->ai_family, SOCK_STREAM, 0);
-        if (fd < 0) continue;
-        int connected = llmpar__nccl_prepare(fd) && (!connect(fd, a->ai_addr, a->ai_addrlen) || errno == EINPROGRESS);
+        int connected = fd >= 0 && llmpar__nccl_prepare(fd) && (!connect(fd, a->ai_addr, a->ai_addrlen) || errno == EINPROGRESS), broken = errno;
         if (connected) {
             struct pollfd p;
-            int broken = 0;
             socklen_t length = sizeof broken;
             p.fd = fd;
             p.events = POLLOUT;
             p.revents = 0;
             double left = until - llmpar__nccl_now();
+            broken = ETIMEDOUT;
             connected = poll(&p, 1, left > 0 ? (int)(left * 1000) : 0) > 0 && !getsockopt(fd, SOL_SOCKET, SO_ERROR, &broken, &length) && !broken;
         }
-        if (!connected) llmpar__nccl_close(&fd);
+        if (!connected) {
+            *why = strerror(broken);
+            llmpar__nccl_close(&fd);
+        }
     }
     freeaddrinfo(all);
     return fd;

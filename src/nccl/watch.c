@@ -275,7 +275,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_watch_begin(llmpar__nccl_world *w
 {
     world->last_look = world->last_beat = world->seen_at = llmpar__nccl_now();
     int failed = pthread_create(&world->helper, NULL, llmpar__nccl_help, world);
-    if (failed) return llmpar_error_set(world->error, LLMPAR_ERR_INTERNAL, "nccl: the helper thread could not be started (system error %d)", failed);
+    if (failed) return llmpar_error_set(world->error, LLMPAR_ERR_INTERNAL, "nccl: the helper thread could not be started: %s", strerror(failed));
     world->helping = 1;
     return LLMPAR_OK;
 }

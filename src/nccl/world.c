@@ -8,6 +8,7 @@
 #include "nccl/nccl.h"
 #include "nccl/nccl_internal.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -63,7 +64,7 @@ static llmpar_status llmpar__nccl_furnish(llmpar__nccl_world *world)
     }
     if (!there)
         return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the connections of %d ranks", (int)world->ranks);
-    if (!llmpar__nccl_pipe(world->pipe)) return llmpar_error_set(world->error, LLMPAR_ERR_IO, "nccl: the system gives no pipe");
+    if (!llmpar__nccl_pipe(world->pipe)) return llmpar_error_set(world->error, LLMPAR_ERR_IO, "nccl: the system gives no pipe: %s", strerror(errno));
     return LLMPAR_OK;
 }
 

@@ -323,7 +323,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         if (failed) {
             llmpar_error broken;
             llmpar_error_clear(&broken);
-            llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started (system error %d)", (int)started, (int)ranks, failed);
+            llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started: %s", (int)started, (int)ranks, strerror(failed));
             broken.rank = started;
             llmpar_threads_world_fail(job->world, &broken);
             for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job->world, i);

@@ -64,9 +64,11 @@ static void llmpar__metrics_usage(FILE *file, const char *name, const uint64_t b
 /* A resumed run goes on behind its own lines: those of later steps, and one that a crash cut short, go. */
 static FILE *llmpar__metrics_resume(const llmpar_trainer *t)
 {
-    FILE *file = llmpar_is_file(t->desc.log) ? fopen(t->desc.log, "r+") : fopen(t->desc.log, "a");
+    FILE *file = fopen(t->desc.log, "a");
     long keep = 0, step = -1;
-    for (int c = 0, at = 0; file && llmpar_is_file(t->desc.log);) {
+    if (!file || fseek(file, 0, SEEK_END) || ftell(file) <= 0) return file; /* new, no file */
+    file = freopen(t->desc.log, "r+", file);
+    for (int c = 0, at = 0; file;) {
         static const char head[] = "{\"step\":";
         long number = 0;
         for (at = 0; head[at] && (c = fgetc(file)) == head[at];) at++;
@@ -76,7 +78,7 @@ static FILE *llmpar__metrics_resume(const llmpar_trainer *t)
         step = number;
         keep = ftell(file);
     }
-    if (file && llmpar_is_file(t->desc.log) && (fflush(file) || ftruncate(fileno(file), keep) || fseek(file, keep, SEEK_SET))) {
+    if (file && (ferror(file) || fflush(file) || ftruncate(fileno(file), keep) || fseek(file, keep, SEEK_SET))) {
         fclose(file);
         return NULL;
     }

@@ -322,9 +322,10 @@ LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *mod
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     llmpar__recipe_blocks_of(&resolved, model, &blocks);
-    int trains = resolved.data || resolved.sequence;
-    if (trains && resolved.memory_limit) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
-    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, trains ? llmpar__plan_extent(mesh, model, &resolved, &blocks) : 0, out);
+    llmpar_memory memory;
+    memory.step.extent = 0;
+    if (resolved.data || resolved.sequence) status = resolved.memory_limit ? llmpar__plan_fit(mesh, model, &resolved, &blocks) : llmpar__plan_needs(mesh, model, &resolved, &blocks, &memory);
+    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, memory.step.extent, out);
 }
 
 LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)

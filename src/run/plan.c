@@ -36,6 +36,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
     sim.host = sim.device; /* nothing is computed anywhere */
     sim.host_comm = sim.comm;
     if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
+    out->init.live_total = !status; /* done: what ranks do together */
     if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
     if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, (uint64_t)1 << 45 /* more than enough */, &trainer);
     if (!status) status = llmpar_trainer_step(trainer, NULL);
@@ -61,33 +62,26 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
 
 #endif
 
-LLMPAR__PRIVATE_DEF uint64_t llmpar__plan_extent(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_needs(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out)
 {
-    llmpar_memory memory;
     llmpar_error error;
     llmpar_error_clear(&error);
-    /* What is wrong with the recipe shows when it is made. */
-    return desc->memory_limit || llmpar__plan_step(mesh, model, desc, blocks, &memory, &error) ? 0 : memory.step.extent;
+    llmpar_status status = llmpar__plan_step(mesh, model, desc, blocks, out, &error);
+    if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
+    return status ? llmpar_fail(mesh->ctx, status, "%s", error.text) : LLMPAR_OK;
 }
 
 /* ---- fitting a limit ---- */
 
-/* The largest rank's peak without a limit, the same number on every rank; 0 where the recipe is not allowed (by its desc, so on all ranks). */
+/* The largest rank's peak without a limit, the same number on every rank; 0 where the recipe is not allowed. */
 static llmpar_status llmpar__plan_peak(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, uint64_t *peak)
 {
     llmpar_trainer_desc free_desc = *desc;
     llmpar_memory memory;
-    llmpar_error error;
-    llmpar_error_clear(&error);
     free_desc.memory_limit = 0;
-    *peak = 0;
-    llmpar_status status = llmpar__plan_step(mesh, model, &free_desc, blocks, &memory, &error);
-    if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
-    if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
-    int64_t mine = (int64_t)memory.step.peak_total;
-    status = llmpar__comm_largest(mesh->ctx->comm, &mine, 1, "plan");
-    *peak = (uint64_t)mine;
-    return status;
+    llmpar_status status = llmpar__plan_needs(mesh, model, &free_desc, blocks, &memory);
+    *peak = memory.step.peak_total;
+    return status ? status : llmpar__comm_largest(mesh->ctx->comm, (int64_t *)peak, 1, "plan");
 }
 
 /* "--recompute full: 123456 bytes (9999 less)" for a policy that is not on yet and would save. */
@@ -176,7 +170,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
     if (status) return status;
     llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
     int64_t refused = mine != LLMPAR_OK;
-    if (mine && mine != LLMPAR_ERR_MEMORY) return llmpar_fail(ctx, mine, "%s", error.text);
+    if (mine && (mine != LLMPAR_ERR_MEMORY || !memory.init.live_total)) return llmpar_fail(ctx, mine, "%s", error.text);
     status = llmpar__comm_largest(ctx->comm, &refused, 1, "plan"); /* all ranks refuse together */
     if (status || !refused) return status;
     char offers[900];

@@ -96,7 +96,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, ll
 {
     *out = NULL;
     llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
-    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: %lu bytes for its tables", (unsigned long)sizeof *arena);
+    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: no memory for its tables");
     arena->ctx = ctx;
     arena->limit = limit;
     *out = arena;

@@ -212,7 +212,7 @@ LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
 {
     llmpar_gemm_args args;
     memset(&args, 0, sizeof args);
-    if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return 0;
+    if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return SIZE_MAX;
     args.m = out_dim;
     args.n = args.ldc = in_dim;
     size_t bytes = tp->ctx->device->gemm_workspace(tp->ctx->device, &args);

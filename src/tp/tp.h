@@ -44,7 +44,7 @@ LLMPAR_API llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *s
 LLMPAR_API size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype);
 
 /* Weight gradient dw[out_dim, in_dim] (of the sum type) = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp.
-   accumulate: dw's one chain goes on with these rows (leaves 1). Cut into parts of a multiple of LLMPAR_TP_PART rows, the last one of any, it has the bits of one call: no device that keeps the order of sums adds more in one go. */
+   accumulate: dw's one chain goes on with these rows (leaves 1). Workspace SIZE_MAX: LLMPAR_ERR_MEMORY. Cut into parts of a multiple of LLMPAR_TP_PART rows, the last one of any, it has the bits of one call: no device that keeps the order of sums adds more in one go. */
 #define LLMPAR_TP_PART 64
 LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype);
