@@ -1371,7 +1371,7 @@ LLMPAR_API llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *s
 LLMPAR_API size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype);
 
 /* Weight gradient dw[out_dim, in_dim] (of the sum type) = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp.
-   accumulate: dw's one chain goes on with these rows (leaves 1). Cut into parts of a multiple of LLMPAR_TP_PART rows, the last one of any, it has the bits of one call: no device that keeps the order of sums adds more in one go. */
+   accumulate: dw's one chain goes on with these rows (leaves 1). Workspace SIZE_MAX: LLMPAR_ERR_MEMORY. Cut into parts of a multiple of LLMPAR_TP_PART rows, the last one of any, it has the bits of one call: no device that keeps the order of sums adds more in one go. */
 #define LLMPAR_TP_PART 64
 LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype);
@@ -2562,7 +2562,7 @@ LLMPAR_DEF int64_t llmpar_tree_split(int64_t n)
 }
 /* ==== src/base/dtype.c ==== */
 /* ==== src/base/bits_internal.h ==== */
-/* bits: a number as its bits and back. */
+/* bits: a number as its bits and back, and mixed. */
 
 #include <string.h>
 
@@ -2595,6 +2595,14 @@ static inline double llmpar__from_bits_f64(uint64_t bits)
 }
 
 static inline double llmpar__power_f64(int e) { return llmpar__from_bits_f64((uint64_t)(e + 1023) << 52); } /* 2^e, -1022 <= e <= 1023 */
+
+static inline uint64_t llmpar__bits_mix(uint64_t x) /* splitmix64 */
+{
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
 
 /* ---- src/base/dtype.c goes on ---- */
 /* All conversions work on bit patterns or on normal numbers only, so their results do not depend on the thread's
@@ -4097,6 +4105,11 @@ static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
 }
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
 
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+/* out[16 words][16 rows], words `step` floats apart, = in[16 rows][16 words], rows ld bytes apart; out and step: whole lines. */
+LLMPAR__PRIVATE void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step);
+#endif
+
 /* How many tiles go together whose rows are interleaved, where the chains of `most` rows of x fit the registers. */
 static inline int32_t llmpar__gemm_thin_group(int32_t rows, int32_t most) { return rows == 1 ? 4 : rows < most ? most / rows : 1; }
 
@@ -4215,7 +4228,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
 #define LLMPAR__THIN_LINE(p) __extension__ ({ __m512 t_ = _mm512_loadu_ps((const void *)(p)); __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
 #define LLMPAR__THIN_STORE_16(t, v) _mm512_store_ps((void *)(out + (t) * step), v)
-__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step)
+LLMPAR__PRIVATE_DEF __attribute__((LLMPAR__THIN_AVX512, noinline)) void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step)
 {
     float half[16 * 16] __attribute__((aligned(64))), *at = half;
     __m512 a, b, c, d, y0, y1, y2, y3;
@@ -4560,7 +4573,7 @@ static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpa
     const llmpar_gemm_args *args = run->args;
     int64_t apart = range->apart, tile = range->begin + unit + (unit < apart ? 0 : apart * (run->group - 1));
     int32_t tiles = unit < apart ? run->group : 1, piece, depth = 0, done, t;
-    int64_t size = tiles * run->rows * LLMPAR__THIN_COLUMNS, tile_size = size / tiles, i, x = 0, out_size = run->half_out.narrow ? 2 : 4;
+    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, size = tiles * tile_size, i, x = 0, out_size = run->half_out.narrow ? 2 : 4;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size, *stack = all + (run->parts ? run->parts : 1) * size;
     llmpar__gemm_thin_place at, next;
     int more;
@@ -4745,8 +4758,8 @@ enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
 
 /* For operands of dtype. */
 LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype);
-/* out[j, i] = in[i, j], i < rows, j < columns; ld and ld_out in floats. */
-LLMPAR__PRIVATE void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out);
+/* out[j, i] = word j of row i, i < rows, j < columns; rows ld bytes apart, ld_out in floats. */
+LLMPAR__PRIVATE void llmpar__gemm_turn(const void *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out);
 /* All steps of the part. */
 LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile);
 
@@ -4932,12 +4945,13 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void)
 #if defined(__x86_64__)
 
 #define LLMPAR__GEMM_AVX __attribute__((target("avx")))
-#define LLMPAR__GEMM_TWO(p, q) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(q), 1)
+#define LLMPAR__GEMM_ROW(r) _mm_loadu_ps((const float *)(const void *)(in + (r) * ld))
+#define LLMPAR__GEMM_TWO(r) _mm256_insertf128_ps(_mm256_castps128_ps256(LLMPAR__GEMM_ROW(r)), LLMPAR__GEMM_ROW((r) + 4), 1)
 
-/* out[k * width + r] = in[r * ld + k], r < 8, k < 4: in each half of a vector four rows of four become four columns. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const float *in, int64_t ld, float *out, const int64_t width)
+/* out[k * width + r] = word k of row r, rows ld bytes apart, r < 8, k < 4: in each half of a vector four rows of four become four columns. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const char *in, int64_t ld, float *out, const int64_t width)
 {
-    __m256 x0 = LLMPAR__GEMM_TWO(in, in + 4 * ld), x1 = LLMPAR__GEMM_TWO(in + ld, in + 5 * ld), x2 = LLMPAR__GEMM_TWO(in + 2 * ld, in + 6 * ld), x3 = LLMPAR__GEMM_TWO(in + 3 * ld, in + 7 * ld);
+    __m256 x0 = LLMPAR__GEMM_TWO(0), x1 = LLMPAR__GEMM_TWO(1), x2 = LLMPAR__GEMM_TWO(2), x3 = LLMPAR__GEMM_TWO(3);
     __m256 y0 = _mm256_unpacklo_ps(x0, x1), y1 = _mm256_unpacklo_ps(x2, x3), y2 = _mm256_unpackhi_ps(x0, x1), y3 = _mm256_unpackhi_ps(x2, x3);
     _mm256_storeu_ps(out, _mm256_shuffle_ps(y0, y1, 0x44));
     _mm256_storeu_ps(out + width, _mm256_shuffle_ps(y0, y1, 0xee));
@@ -4946,9 +4960,9 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
 }
 
 /* The same of 4 rows. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const float *in, int64_t ld, float *out, const int64_t width)
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const char *in, int64_t ld, float *out, const int64_t width)
 {
-    __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + ld), x2 = _mm_loadu_ps(in + 2 * ld), x3 = _mm_loadu_ps(in + 3 * ld);
+    __m128 x0 = LLMPAR__GEMM_ROW(0), x1 = LLMPAR__GEMM_ROW(1), x2 = LLMPAR__GEMM_ROW(2), x3 = LLMPAR__GEMM_ROW(3);
     __m128 y0 = _mm_unpacklo_ps(x0, x1), y1 = _mm_unpacklo_ps(x2, x3), y2 = _mm_unpackhi_ps(x0, x1), y3 = _mm_unpackhi_ps(x2, x3);
     _mm_storeu_ps(out, _mm_shuffle_ps(y0, y1, 0x44));
     _mm_storeu_ps(out + width, _mm_shuffle_ps(y0, y1, 0xee));
@@ -4970,6 +4984,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     for (; j + 4 <= width; j += 4) _mm_storeu_ps(out + j, _mm_loadu_ps(in + j));
 }
 
+#undef LLMPAR__GEMM_ROW
 #undef LLMPAR__GEMM_TWO
 
 #else
@@ -4980,57 +4995,51 @@ static inline void llmpar__gemm_copy(const float *in, float *out, const int widt
 #endif
 
 /* Sixteen rows at a time, a line of out, or eight, to their end: processors follow that many streams by themselves, not 48 short ones. */
-LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
+LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const void *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
 {
-    int64_t i = 0, j;
-#if defined(__x86_64__)
-    int64_t step;
-    for (; i + 4 <= rows; i += step) {
-        int64_t r;
-        const float *at = in + i * ld;
+    int64_t i = 0, j = 0, r, step;
+    for (; i < rows; i += step, j = 0) {
+        const char *at = (const char *)in + i * ld;
         float *to = out + i;
-        step = rows - i < 8 ? 4 : rows - i < 16 || ld % 1024 == 0 ? 8 : 16; /* of lines 4 KB apart L1 holds eight */
+        step = rows - i < 4 ? 1 : rows - i < 8 ? 4 : rows - i < 16 || ld % 4096 == 0 ? 8 : 16; /* of lines 4 KB apart L1 holds eight */
+#if defined(__x86_64__)
         if (step >= 8)
-            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) {
+            for (; j + 4 <= columns; j += 4, at += 16, to += 4 * ld_out) {
                 llmpar__gemm_transpose_8(at, ld, to, ld_out);
                 if (step > 8) llmpar__gemm_transpose_8(at + 8 * ld, ld, to + 8, ld_out);
             }
-        else
-            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
-        for (; j < columns; j++, at++, to += ld_out)
-            for (r = 0; r < step; r++) to[r] = at[r * ld];
-    }
+        else if (step == 4)
+            for (; j + 4 <= columns; j += 4, at += 16, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
 #endif
-    for (; i < rows; i++)
-        for (j = 0; j < columns; j++) out[j * ld_out + i] = in[i * ld + j];
+        for (; j < columns; j++, at += 4, to += ld_out)
+            for (r = 0; r < step; r++) memcpy(to + r, at + r * ld, sizeof *to);
+    }
 }
 
 static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_pack_panels(const llmpar__gemm_packing *packing, const int width)
 {
     const float *in = (const float *)packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i, row;
     int r;
     if (full > packing->panels) full = packing->panels;
     if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) llmpar__gemm_turn(in + panel * width * ld, ld, width, k, packing->out + panel * distance, width);
+        for (panel = 0; panel < full; panel++) llmpar__gemm_turn(in + panel * width * ld, 4 * ld, width, k, packing->out + panel * distance, width);
     } else {
         const int rows = width < 16 ? 4 : 1; /* whole rows at a time, which memory likes, and whole lines: of panels that are multiples of 4 KB apart L1 holds few */
         for (i = 0; i < k; i += rows)
-            for (panel = 0; panel < full; panel++) {
-                const float *from = in + i * ld + panel * width;
-                int64_t row, left = k - i < rows ? k - i : rows;
-                for (row = 0; row < left; row++, from += ld) {
+            for (panel = 0; panel < full; panel++)
+                for (row = i; row < k && row < i + rows; row++) {
+                    const float *from = in + row * ld + panel * width;
                     for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
-                    llmpar__gemm_copy(from, packing->out + panel * distance + (i + row) * width, width);
+                    llmpar__gemm_copy(from, packing->out + panel * distance + row * width, width);
                 }
-            }
     }
     if (full < packing->panels) {
         int64_t valid = packing->valid - full * width;
         float *out = packing->out + full * distance;
         in += full * width * (packing->transposed ? ld : 1);
         memset(out, 0, sizeof(float) * (size_t)(k * width));
-        if (packing->transposed) llmpar__gemm_turn(in, ld, valid, k, out, width);
+        if (packing->transposed) llmpar__gemm_turn(in, 4 * ld, valid, k, out, width);
         else
             for (i = 0; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)valid);
     }
@@ -5047,9 +5056,6 @@ static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__
 #undef LLMPAR__GEMM_AVX
 
 #if LLMPAR__BF16_UNITS
-
-#define LLMPAR__GEMM_TWO_PAIRS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p))), _mm_loadu_si128((const __m128i *)(const void *)((p) + 4 * ld)), 1)
-#define LLMPAR__GEMM_STORE_PAIRS(out, i, v) _mm256_storeu_si256((__m256i *)(void *)((out) + (i) * width + r), v)
 
 static inline float llmpar__gemm_pair(const uint16_t *low, const uint16_t *high)
 {
@@ -5084,27 +5090,18 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
         float *out = packing->out + panel * packing->distance;
         int64_t valid = packing->valid - panel * width;
         i = 0;
-        if (valid >= width && packing->transposed)
-            for (r = 0; r < width; r += 8)
-                for (i = 0; i + 8 <= pairs; i += 8) {
+        if (valid >= width && packing->transposed && width % 16 == 0) /* lines further on go to L2, which holds more */
+            for (r = 0; r < width; r += 16)
+                for (i = 0; i + 16 <= pairs; i += 16) {
                     const uint16_t *at = rows + r * ld + 2 * i;
                     int j;
-                    for (j = 0; j < 8; j++) __builtin_prefetch(at + j * ld + 128);
-                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
-                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
-                    LLMPAR__GEMM_STORE_PAIRS(out, i, _mm256_unpacklo_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 1, _mm256_unpackhi_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 2, _mm256_unpacklo_epi64(y2, y3));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 3, _mm256_unpackhi_epi64(y2, y3));
-                    at += 8;
-                    x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
-                    y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 4, _mm256_unpacklo_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 5, _mm256_unpackhi_epi64(y0, y1));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
-                    LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
+                    for (j = 0; j < 16; j++) __builtin_prefetch(at + j * ld + 128, 0, 2);
+                    llmpar__gemm_thin_avx512_transpose((const char *)at, ld * (int64_t)sizeof *at, out + i * width + r, width);
                 }
-        else if (valid >= width) i = pairs;
+        else if (valid >= width) {
+            if (packing->transposed) llmpar__gemm_turn(rows, ld * (int64_t)sizeof *rows, width, pairs, out, width);
+            i = pairs;
+        }
         for (; i < links; i++)
             for (r = 0; r < width; r++) {
                 const uint16_t *at = rows + r * row_step + 2 * i * k_step;
@@ -5115,8 +5112,6 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
 
 __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_8(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 8); }
 __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 48); }
-#undef LLMPAR__GEMM_TWO_PAIRS
-#undef LLMPAR__GEMM_STORE_PAIRS
 
 #endif
 
@@ -5908,7 +5903,7 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
     return ahead->rows > 0;
 }
 
-/* `count` rows of B from `at` on, or columns of a TN product's A, for they are packed a bundle at a time. */
+/* `count` rows of B from `at` on, or columns of a TN product's A. */
 static void llmpar__gemm_ask(const llmpar__gemm_run *run, int of_a, int64_t at, int64_t count, llmpar__gemm_ahead *ahead)
 {
     const llmpar_gemm_segment *segment;
@@ -5961,7 +5956,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) {
-        if (i % 2 || i + 1 == run->a_panels) llmpar__gemm_turn(tile.c - i % 2 * size, tile.ldc, i % 2 * run->kernel.rows + tile.rows, tile.columns, (float *)run->args->c + c - i % 2 * run->kernel.rows, run->args->ldc);
+        if (i % 2 || i + 1 == run->a_panels) llmpar__gemm_turn(tile.c - i % 2 * size, 4 * tile.ldc, i % 2 * run->kernel.rows + tile.rows, tile.columns, (float *)run->args->c + c - i % 2 * run->kernel.rows, run->args->ldc);
     } else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
@@ -6029,22 +6024,25 @@ static void llmpar__gemm_block(void *arg, int64_t task, int32_t worker)
     }
 }
 
+/* The workspace, and how, unless gemm_thin takes it. */
+static size_t llmpar__gemm_need(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    if (llmpar__gemm_thin_takes(cpu, args)) return llmpar__gemm_thin_workspace(cpu, args);
+    llmpar__gemm_prepare(run, cpu, args);
+    return run->bytes;
+}
+
 /* Of many rows each thread does whole blocks, as one alone would: nobody waits before the end, tiles copy B on their way. */
 static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
 {
     llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;
     llmpar__gemm_run run;
-    size_t bytes;
-    bytes = args->workspace ? args->workspace_bytes : 0;
+    size_t bytes = args->workspace ? args->workspace_bytes : 0, need = llmpar__gemm_need(&run, &cpu, args);
+    if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
     if (llmpar__gemm_thin_takes(&cpu, args)) {
-        size_t need = llmpar__gemm_thin_workspace(&cpu, args);
-        if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
         llmpar__gemm_thin(&cpu, args);
         return LLMPAR_OK;
     }
-    llmpar__gemm_prepare(&run, &cpu, args);
-    if (bytes < run.bytes)
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)run.bytes, (unsigned long long)bytes);
     if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
     alone.pool = NULL;
     run.cpu = run.apart > 1 ? &alone : &cpu;
@@ -6107,11 +6105,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
         llmpar__gemm_run run;
         fewer.m = rows[i];
         if (fewer.m > args->m || fewer.m < 1) continue;
-        if (llmpar__gemm_thin_takes(cpu, &fewer)) bytes = llmpar__gemm_thin_workspace(cpu, &fewer);
-        else {
-            llmpar__gemm_prepare(&run, cpu, &fewer);
-            bytes = run.bytes;
-        }
+        bytes = llmpar__gemm_need(&run, cpu, &fewer);
         if (bytes > most) most = bytes;
     }
 #endif
@@ -7450,9 +7444,9 @@ static void llmpar__interleave_task(void *arg, int64_t task, int32_t worker)
     float *w = job->w + task * job->rows * job->words, *scratch = job->scratch + worker * llmpar_round_up(job->rows * job->words, 16);
     if (job->back) {
         memcpy(scratch, w, bytes);
-        llmpar__gemm_turn(scratch, job->rows, job->words, job->rows, w, job->words);
+        llmpar__gemm_turn(scratch, 4 * job->rows, job->words, job->rows, w, job->words);
     } else {
-        llmpar__gemm_turn(w, job->words, job->rows, job->words, scratch, job->rows);
+        llmpar__gemm_turn(w, 4 * job->words, job->rows, job->words, scratch, job->rows);
         memcpy(w, scratch, bytes);
     }
 }
@@ -8051,20 +8045,20 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_e
     llmpar_heap *heap = cpu->heap;
     int32_t threads = cpu->threads;
     struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
+    llmpar__pool_worker *workers = pool ? (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *workers) : NULL;
     pthread_attr_t attributes;
     char base[16], suffix[16];
     int32_t i;
     int failed = 0;
     *out = NULL;
-    if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
-    pool->cpu = cpu;
-    pool->spins = cpu->crowded ? LLMPAR__POOL_CROWDED_SPINS : LLMPAR__POOL_SPINS;
-    pool->threads = threads;
-    pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
-    if (!pool->workers) {
+    if (!workers) {
         llmpar_heap_free(heap, pool);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
     }
+    pool->cpu = cpu;
+    pool->spins = cpu->crowded ? LLMPAR__POOL_CROWDED_SPINS : LLMPAR__POOL_SPINS;
+    pool->threads = threads;
+    pool->workers = workers;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->start, NULL);
     pthread_cond_init(&pool->done, NULL);
@@ -8082,9 +8076,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_e
     }
     pthread_attr_destroy(&attributes);
     if (failed) {
-        int32_t started = pool->started;
+        llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d: %s", (int)(pool->started + 1), (int)(threads - 1), strerror(failed));
         llmpar__pool_destroy(pool);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d (error %d)", (int)(started + 1), (int)(threads - 1), failed);
+        return LLMPAR_ERR_MEMORY;
     }
     *out = pool;
     return LLMPAR_OK;
@@ -8483,7 +8477,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     pthread_attr_destroy(&attributes);
     if (failed) {
         if (cpu->queues->pool_owner == q) cpu->queues->pool_owner = NULL;
-        return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: the system refused a thread for stream %s (error %d)", name, failed);
+        return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: the system refused a thread for stream %s: %s", name, strerror(failed));
     }
     q->alive = 1;
     *out = q;
@@ -10780,7 +10774,7 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     }
     if (level < MPI_THREAD_SERIALIZED || world->desc.unattended || world->ranks == 1) return LLMPAR_OK;
     int failed = pthread_create(&world->helper, NULL, llmpar__mpi_help, world); /* it waits for the lock */
-    if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started (system error %d)", failed);
+    if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started: %s", strerror(failed));
     world->helping = 1;
     return LLMPAR_OK;
 }
@@ -13048,8 +13042,8 @@ LLMPAR_DEF void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving)
 
      a stretch:  | live | free        | live    | free |        blocks, linked from left to right
 
-   Live blocks are in a hash table of chains by address, free ones in a list; the first that is large enough serves. A piece that was reserved comes first, by address: whoever counts the same requests in a larger one sees the same places, so
-   what it counts is enough. Other free blocks follow by size; of equals the stretch that was taken first, then the lower address. A small one of these requests does not cut a large block: it may live on when the large one is wanted again.
+   Live blocks are in a hash table of chains by address, free ones in a list; the first that is large enough serves. A piece that was reserved comes first, its end last: whoever counts the same requests in a larger one sees the same places, so
+   what it counts is enough. Blocks lie by size; of equals the older stretch first, then the lower address. Outside a piece a small request does not cut a large block: it may live on when the large one is wanted again.
    So a gradient lies where activations were, and a step that repeats takes memory from the device only the first time. Nothing depends on addresses but their order inside a stretch: the same requests always give the same usage, and a
    step that repeats gets the same addresses (which is what lets a device replay it: region_begin, tables/device.h). With a limit nothing is cut: a stretch goes back to the device only as a whole, and what is reserved could not keep to
    the limit. */
@@ -13083,7 +13077,7 @@ struct llmpar_arena {
     uint64_t limit;
     llmpar_arena_usage usage;
     llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
-    llmpar__arena_block *idle;                        /* those of the piece by address, then all others by size, number, address */
+    llmpar__arena_block *idle;                        /* those of the piece, its end, all others; by size, number, address */
     uint64_t taken;
     char *piece;                                      /* stretch 0, if it was reserved */
 };
@@ -13108,7 +13102,8 @@ static int llmpar__arena_in_piece(const llmpar_arena *arena, const llmpar__arena
 static int llmpar__arena_before(const llmpar_arena *arena, const llmpar__arena_block *x, const llmpar__arena_block *y)
 {
     int x_in = llmpar__arena_in_piece(arena, x), y_in = llmpar__arena_in_piece(arena, y);
-    if (x_in || y_in) return x_in && (!y_in || x->memory < y->memory);
+    if (x_in != y_in) return x_in;
+    if (x_in && !(x->right && y->right)) return x->right != NULL;
     if (x->bytes != y->bytes) return x->bytes < y->bytes;
     return x->number < y->number || (x->number == y->number && x->memory < y->memory);
 }
@@ -13133,7 +13128,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, ll
 {
     *out = NULL;
     llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
-    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: %lu bytes for its tables", (unsigned long)sizeof *arena);
+    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: no memory for its tables");
     arena->ctx = ctx;
     arena->limit = limit;
     *out = arena;
@@ -17368,7 +17363,7 @@ LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
 {
     llmpar_gemm_args args;
     memset(&args, 0, sizeof args);
-    if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return 0;
+    if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return SIZE_MAX;
     args.m = out_dim;
     args.n = args.ldc = in_dim;
     size_t bytes = tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
@@ -17472,6 +17467,7 @@ typedef struct llmpar__flat {
     int64_t elements;                 /* of the whole flat buffer, padding included */
     int64_t shard_elements;           /* of this rank's part of the optimizer state */
     int64_t begin;
+    int64_t *layout;                  /* [tp][param_count + 1]: `offset` of each */
     int64_t *offset;                  /* [param_count] in the flat buffer; [param_count] = end of the last parameter */
     int64_t *count;                   /* [param_count] tp-local elements */
     llmpar_segment *segments;
@@ -17488,6 +17484,8 @@ typedef struct llmpar__flat {
     uint32_t reduced[2];              /* [use] bit slot: reduced in place, only this rank's part counts */
     uint32_t grad_stored;             /* bit slot of use 0: in the store */
     void **output, **saved, **dinput; /* [micro_batches] during a run; ACTIVATIONS */
+    const llmpar_micro *sized;        /* during a run: .. */
+    llmpar_unit_sizes sizes;          /* .. is of these; NULL: none yet */
     llmpar__place params_place, state_place[LLMPAR_OPTIMIZER_STATES], grad_place[2][LLMPAR_GRAD_SLOTS];
     llmpar__place *activation_place;  /* [activation_count][2]: saved, input */
     int32_t activation_count;
@@ -17593,10 +17591,12 @@ LLMPAR__PRIVATE llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmp
 /* ---- src/fsdp/flat.c goes on ---- */
 /* ---- layout ---- */
 
-LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out)
+/* As ranks of this tp coordinate have it, whose extents, and so offsets, may differ from ours. */
+static void llmpar__flat_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, int32_t tp, llmpar_dtensor *out)
 {
-    const llmpar__flat *flat = &fsdp->units[unit];
-    const llmpar_param *p = &flat->unit.params[param];
+    const llmpar_unit *u = &fsdp->units[unit].unit;
+    const llmpar_param *p = &u->params[param];
+    const int64_t *offset = fsdp->units[unit].layout + (size_t)tp * (size_t)(u->param_count + 1);
     memset(out, 0, sizeof *out);
     out->name = p->name;
     out->dtype = fsdp->sum;
@@ -17610,31 +17610,18 @@ LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32
     llmpar_placement *cut = &out->placement[out->placements++];
     cut->kind = LLMPAR_FLAT;
     cut->axis = LLMPAR_AXIS_DP_SHARD;
-    cut->offset = flat->offset ? flat->offset[param] : 0;
-    cut->unit_elements = flat->elements;
+    cut->offset = offset[param];
+    cut->unit_elements = llmpar_round_up(offset[u->param_count], LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD]);
 }
 
-/* Offsets in the flat buffer are those of the rank's own tp coordinate, whose cuts may differ from ours. */
+LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out) { llmpar__flat_dtensor(fsdp, unit, param, fsdp->mesh->coordinate[LLMPAR_AXIS_TP], out); }
+
 LLMPAR_DEF void llmpar_fsdp_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, llmpar_local *out)
 {
-    const llmpar_unit *u = &fsdp->units[unit].unit;
-    int32_t coordinate[LLMPAR_MESH_AXES], n = fsdp->whole_state ? 0 : u->param_count;
-    int64_t at = 0, begin = 0, unit_of = LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    int32_t coordinate[LLMPAR_MESH_AXES];
     llmpar_dtensor tensor;
     llmpar__mesh_coordinate(fsdp->mesh->degree, rank, coordinate);
-    for (int32_t i = 0; i < n; i++) {
-        llmpar_fsdp_dtensor(fsdp, unit, i, &tensor);
-        tensor.placements--; /* the flat cut */
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
-        if (i == param) begin = at;
-        at = llmpar_round_up(at + out->elements, LLMPAR_FLAT_ALIGN);
-    }
-    llmpar_fsdp_dtensor(fsdp, unit, param, &tensor);
-    if (n) {
-        llmpar_placement *flat = &tensor.placement[tensor.placements - 1];
-        flat->offset = begin;
-        flat->unit_elements = llmpar_round_up(at, unit_of);
-    }
+    llmpar__flat_dtensor(fsdp, unit, param, coordinate[LLMPAR_AXIS_TP], &tensor);
     llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
 }
 
@@ -17649,8 +17636,8 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
 {
     llmpar_ctx *ctx = fsdp->ctx;
     llmpar__flat *flat = &fsdp->units[index];
-    int32_t n = flat->unit.param_count;
-    int64_t at = 0, ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
+    int32_t n = flat->unit.param_count, coordinate[LLMPAR_MESH_AXES] = { 0 }, *tp = &coordinate[LLMPAR_AXIS_TP];
+    int64_t ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
     for (int32_t i = 0; i < n; i++) {
         llmpar_dtensor tensor;
         llmpar_local local;
@@ -17658,14 +17645,15 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
         if (tensor.placements && tensor.placement[tensor.placements - 1].kind == LLMPAR_FLAT) tensor.placements--; /* the flat cut is what we are laying out */
         llmpar_status status = llmpar_dtensor_check(&tensor, fsdp->mesh->degree, &ctx->error);
         if (status) return status;
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
-        flat->offset[i] = at;
-        flat->count[i] = local.elements;
-        if (local.elements > ((int64_t)1 << 40)) return llmpar_fail(ctx, LLMPAR_ERR_OVERFLOW, "%s: %lld local elements are more than 2^40", tensor.name, (long long)local.elements);
-        at = llmpar_round_up(at + local.elements, LLMPAR_FLAT_ALIGN);
+        for (*tp = 0; *tp < fsdp->mesh->degree[LLMPAR_AXIS_TP]; ++*tp) {
+            int64_t *offset = flat->layout + (size_t)*tp * (size_t)(n + 1) + i;
+            llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, &local);
+            if (local.elements > ((int64_t)1 << 40)) return llmpar_fail(ctx, LLMPAR_ERR_OVERFLOW, "%s: %lld local elements are more than 2^40", tensor.name, (long long)local.elements);
+            offset[1] = llmpar_round_up(offset[0] + local.elements, LLMPAR_FLAT_ALIGN);
+            if (offset == &flat->offset[i]) flat->count[i] = local.elements;
+        }
     }
-    flat->offset[n] = at;
-    flat->elements = llmpar_round_up(at, LLMPAR_FLAT_ALIGN * ranks);
+    flat->elements = llmpar_round_up(flat->offset[n], LLMPAR_FLAT_ALIGN * ranks);
     if (flat->elements == 0) flat->elements = LLMPAR_FLAT_ALIGN * ranks;
     flat->shard_elements = flat->elements / ranks;
     flat->begin = fsdp->shard_comm ? fsdp->shard_comm->rank * flat->shard_elements : 0;
@@ -17716,12 +17704,12 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     flat->unit.name = llmpar_heap_strdup(heap, unit->name);
     llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
     flat->unit.params = params;
-    flat->offset = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
+    flat->layout = (int64_t *)llmpar_heap_zalloc(heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP], sizeof(int64_t));
     flat->count = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
     flat->segments = (llmpar_segment *)llmpar_heap_zalloc(heap, n + 1, sizeof(llmpar_segment));
     flat->params = (void **)llmpar_heap_zalloc(heap, n + 1, sizeof(void *));
     flat->grads = (void **)llmpar_heap_zalloc(heap, 2 * n + 1, sizeof(void *));
-    int missing = !flat->unit.name || !params || !flat->offset || !flat->count || !flat->segments || !flat->params || !flat->grads;
+    int missing = !flat->unit.name || !params || !flat->layout || !flat->count || !flat->segments || !flat->params || !flat->grads;
     for (int i = 0; i < LLMPAR__LABEL_COUNT && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
     for (size_t i = 0; i < n && !missing; i++) {
         params[i] = unit->params[i];
@@ -17729,6 +17717,7 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
         missing = !params[i].name;
     }
     if (missing) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "unit %s: out of memory for its description", unit->name);
+    flat->offset = flat->layout + (size_t)fsdp->mesh->coordinate[LLMPAR_AXIS_TP] * (n + 1);
     return llmpar__flat_layout(fsdp, index);
 }
 
@@ -17968,7 +17957,7 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
         for (int i = 0; i < LLMPAR__LABEL_COUNT; i++) llmpar_heap_free(heap, flat->label[i]);
         llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.params);
         llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.name);
-        llmpar_heap_free(heap, flat->offset);
+        llmpar_heap_free(heap, flat->layout);
         llmpar_heap_free(heap, flat->count);
         llmpar_heap_free(heap, flat->segments);
         llmpar_heap_free(heap, flat->params);
@@ -19269,21 +19258,22 @@ static void llmpar__plan_order(llmpar__plan *plan)
 
 /* ---- policies ---- */
 
+#define LLMPAR__PLAN_NO(...) llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: " __VA_ARGS__)
 static llmpar_status llmpar__plan_check_units(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
 {
     for (int32_t unit = 0; unit < unit_count; unit++) {
         int32_t borrow = units[unit].borrow - 1;
         if (borrow >= unit_count || borrow < -1 || borrow == unit || (borrow >= 0 && units[borrow].borrow))
-            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s borrows unit %d, expected another unit that borrows none", units[unit].name, (int)borrow);
+            return LLMPAR__PLAN_NO("unit %s borrows unit %d, expected another unit that borrows none", units[unit].name, (int)borrow);
         for (int32_t other = 0; other < unit && borrow >= 0; other++)
-            if (units[other].borrow - 1 == borrow) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: units %s and %s both borrow unit %s, expected one borrower", units[other].name, units[unit].name, units[borrow].name);
+            if (units[other].borrow - 1 == borrow) return LLMPAR__PLAN_NO("units %s and %s both borrow unit %s, expected one borrower", units[other].name, units[unit].name, units[borrow].name);
         if ((int)units[unit].recompute < 0 || units[unit].recompute > LLMPAR_RECOMPUTE_FULL)
-            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: recompute = %d, expected 0 .. %d", units[unit].name, (int)units[unit].recompute, (int)LLMPAR_RECOMPUTE_FULL);
+            return LLMPAR__PLAN_NO("unit %s: recompute = %d, expected 0 .. %d", units[unit].name, (int)units[unit].recompute, (int)LLMPAR_RECOMPUTE_FULL);
     }
     if (units[unit_count - 1].recompute == LLMPAR_RECOMPUTE_FULL)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: full recomputation of the last unit, expected none or selective: its backward follows its forward at once", units[unit_count - 1].name);
+        return LLMPAR__PLAN_NO("unit %s: full recomputation of the last unit, expected none or selective: its backward follows its forward at once", units[unit_count - 1].name);
     if (!policy->forward_only && llmpar_schedule_first_backward(units, unit_count) == unit_count)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: all %d units are frozen, expected one to train (or a forward-only schedule)", (int)unit_count);
+        return LLMPAR__PLAN_NO("all %d units are frozen, expected one to train (or a forward-only schedule)", (int)unit_count);
     return LLMPAR_OK;
 }
 
@@ -19291,15 +19281,15 @@ static llmpar_status llmpar__plan_check_units(const llmpar_unit *units, int32_t 
 static llmpar_status llmpar__plan_check_pairs(const llmpar_policy *policy, llmpar_error *error)
 {
     int inside = policy->update != LLMPAR_UPDATE_AFTER && !policy->forward_only;
-    if (policy->chain && policy->no_sync) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
-    if (inside && policy->micro_batches > 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
-    if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
+    if (policy->chain && policy->no_sync) return LLMPAR__PLAN_NO("chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
+    if (inside && policy->micro_batches > 1) return LLMPAR__PLAN_NO("updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
+    if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return LLMPAR__PLAN_NO("gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
     unsigned on_host = 1u << LLMPAR_STATE_OPTIMIZER | 1u << LLMPAR_STATE_PARAMS | 1u << LLMPAR_STATE_GRADS;
     if (policy->host_update && (policy->offload & on_host) != on_host)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates on the host without%s%s%s offloaded, expected optimizer, params and grads in host memory", policy->offload >> (unsigned)LLMPAR_STATE_OPTIMIZER & 1u ? "" : " optimizer",
+        return LLMPAR__PLAN_NO("updates on the host without%s%s%s offloaded, expected optimizer, params and grads in host memory", policy->offload >> (unsigned)LLMPAR_STATE_OPTIMIZER & 1u ? "" : " optimizer",
                                 policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u ? "" : " params", policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u ? "" : " grads");
     if ((policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u) && !policy->master && llmpar_policy_whole_params(policy))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
+        return LLMPAR__PLAN_NO("parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
     return LLMPAR_OK;
 }
 
@@ -19311,12 +19301,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units,
         {"update", (int32_t)policy->update, LLMPAR_UPDATE_AFTER, LLMPAR_UPDATE_TWO_PASSES}, {"offload", (int32_t)policy->offload, 0, (1 << LLMPAR_STATE_COUNT) - 1},
         {"host_update", policy->host_update, 0, 1},
     };
-    if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
+    if (unit_count < 1) return LLMPAR__PLAN_NO("%d units, expected at least 1", (int)unit_count);
     for (size_t i = 0; i < sizeof range / sizeof range[0]; i++)
         if (range[i].value < range[i].low || range[i].value > range[i].high)
-            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %s = %d, expected %d .. %d", range[i].name, (int)range[i].value, (int)range[i].low, (int)range[i].high);
+            return LLMPAR__PLAN_NO("%s = %d, expected %d .. %d", range[i].name, (int)range[i].value, (int)range[i].low, (int)range[i].high);
     if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
+        return LLMPAR__PLAN_NO("%d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
     llmpar_status status = llmpar__plan_check_units(units, unit_count, policy, error);
     return status ? status : llmpar__plan_check_pairs(policy, error);
 }
@@ -19324,7 +19314,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units,
 LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error)
 {
     *out = NULL;
-    if (!policy) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: no policy");
+    if (!policy) return LLMPAR__PLAN_NO("no policy");
     llmpar_policy resolved = *policy;
     llmpar__policy_resolve(&resolved);
     llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
@@ -19377,6 +19367,8 @@ LLMPAR_DEF void llmpar_schedule_destroy(llmpar_schedule *schedule)
     llmpar_heap_free(heap, schedule->list);
     llmpar_heap_free(heap, schedule);
 }
+
+#undef LLMPAR__PLAN_NO
 /* ==== src/fsdp/schedule_print.c ==== */
 LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
 {
@@ -19525,17 +19517,9 @@ static int llmpar__proof_borrows(const llmpar__proof *proof, int32_t unit) { ret
 
 /* ---- what a gradient is ---- */
 
-static uint64_t llmpar__proof_mix(uint64_t x) /* splitmix64 */
-{
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
 /* A number that stands for one gradient. */
-static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t run) { return llmpar__proof_mix(((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)run << 1) + (uint64_t)use); }
-static uint64_t llmpar__proof_sum(uint64_t left, uint64_t right) { return llmpar__proof_mix(left * 3 + right); }
+static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t run) { return llmpar__bits_mix(((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)run << 1) + (uint64_t)use); }
+static uint64_t llmpar__proof_sum(uint64_t left, uint64_t right) { return llmpar__bits_mix(left * 3 + right); }
 
 static int llmpar__proof_lent(const llmpar__proof *proof, int32_t unit)
 {
@@ -19954,29 +19938,29 @@ static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *haza
     return "fetches without waiting for the store";
 }
 
+#define LLMPAR__PROOF_END(...) llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: " __VA_ARGS__)
 static llmpar_status llmpar__proof_end(llmpar__proof *proof)
 {
-    llmpar_error *error = proof->error;
     int32_t runs = proof->policy.micro_batches * proof->passes;
     for (int32_t unit = 0; unit < proof->unit_count; unit++) {
         const llmpar__unit_state *state = &proof->state[unit];
         const char *name = proof->units[unit].name;
         int trained = !proof->policy.forward_only && !proof->units[unit].frozen;
-        if (state->forwards != runs) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)runs);
-        if (state->gathered >= 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
+        if (state->forwards != runs) return LLMPAR__PROOF_END("unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)runs);
+        if (state->gathered >= 0) return LLMPAR__PROOF_END("parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
         for (int use = 0; use < 2; use++)
             for (int local = 0; local < 2; local++)
                 for (int slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
                     if (state->buffer[use][local][slot].live)
-                        return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
+                        return LLMPAR__PROOF_END("gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
         if (!proof->policy.forward_only && unit >= proof->first && (state->backwards != runs || (trained && !state->updated)))
-            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)runs, state->updated ? "" : "not ");
-        if (trained && proof->policy.master && !state->cast) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its master parameters never cast", name);
+            return LLMPAR__PROOF_END("unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)runs, state->updated ? "" : "not ");
+        if (trained && proof->policy.master && !state->cast) return LLMPAR__PROOF_END("unit %s was updated and its master parameters never cast", name);
         if (trained && llmpar_policy_whole_params(&proof->policy) && !llmpar_policy_whole_state(&proof->policy) && !state->regathered)
-            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its whole parameters never gathered again", name);
-        if (state->has_state || state->has_params) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: %s of unit %s are not in their store", state->has_state ? "optimizer states" : "parameters", name);
+            return LLMPAR__PROOF_END("unit %s was updated and its whole parameters never gathered again", name);
+        if (state->has_state || state->has_params) return LLMPAR__PROOF_END("%s of unit %s are not in their store", state->has_state ? "optimizer states" : "parameters", name);
     }
-    if (proof->scalar[1] < 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: the loss is never reduced");
+    if (proof->scalar[1] < 0) return LLMPAR__PROOF_END("the loss is never reduced");
     return LLMPAR_OK;
 }
 
@@ -20001,7 +19985,6 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     llmpar__proof proof;
     llmpar__order order;
     memset(&proof, 0, sizeof proof);
-    memset(&order, 0, sizeof order);
     proof.list = list;
     proof.count = count;
     proof.units = units;
@@ -20028,6 +20011,8 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     llmpar_heap_free(heap, proof.state);
     return status;
 }
+
+#undef LLMPAR__PROOF_END
 /* ==== src/fsdp/account.c ==== */
 /* ---- what each instruction moves or takes ---- */
 
@@ -20320,7 +20305,16 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
     return status ? status : ended;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out) { return llmpar__fsdp_unit_sizes(exec->fsdp, unit, &exec->micro[m], out); }
+/* Again where the shape is the one before's: to work them out asks the device about each product. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
+{
+    llmpar__flat *flat = &exec->fsdp->units[unit];
+    const llmpar_micro *micro = &exec->micro[m], *like = flat->sized;
+    llmpar_status status = LLMPAR_OK;
+    if (!like || like->batch != micro->batch || like->t != micro->t || like->leaves != micro->leaves) status = llmpar__fsdp_unit_sizes(exec->fsdp, unit, flat->sized = micro, &flat->sizes);
+    *out = flat->sizes;
+    return status;
+}
 
 static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
 {
@@ -21015,6 +21009,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
     }
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         llmpar__flat *flat = &fsdp->units[u];
+        flat->sized = NULL;
         flat->output = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
         flat->saved = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
         flat->dinput = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
@@ -23255,7 +23250,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
     out->saved = l.saved;
     out->scratch = l.scratch;
     out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
-    return LLMPAR_OK;
+    return out->workspace == SIZE_MAX ? LLMPAR_ERR_MEMORY : LLMPAR_OK;
 }
 
 /* ---- what both halves do ---- */
@@ -23817,7 +23812,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_mi
         llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, summed, columns, s->d, dtype));
         llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, summed, s->leaves, columns, s->d, dtype));
     }
-    return LLMPAR_OK;
+    return out->workspace == SIZE_MAX ? LLMPAR_ERR_MEMORY : LLMPAR_OK;
 }
 
 /* The output projection [V/tp, D]: its own parameter, or the embedding table. */
@@ -24026,6 +24021,7 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
 
 #define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
 #define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
+#define LLMPAR__CHECKPOINT_MANIFEST ((size_t)1 << 30) /* bytes of a manifest, at most */
 #define LLMPAR__CHECKPOINT_NAME 1024  /* of a tensor with its kind, and of a file */
 #define LLMPAR__CHECKPOINT_PATH 3072  /* of a file: the directory's length is checked once, at the entrance (1000 to save into, 2047 to load from), so that names behind it always fit */
 
@@ -24090,7 +24086,7 @@ typedef struct llmpar__manifest {
     llmpar__manifest_part *part;
     llmpar_json *json;
 } llmpar__manifest;
-/* Writes `path` (synced under its name; its directory is not). files: of ranks with bytes 0 there are none; config: NULL, or its entry. */
+/* Writes `path` (synced under its name; its directory is not). ranks: of those with bytes 0 there are no files; config: NULL, or its entry. path NULL: nothing is written; refuses what load would, for its size. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
 /* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
@@ -24107,6 +24103,7 @@ LLMPAR__PRIVATE char *llmpar__hf_join(llmpar_heap *heap, const char *directory, 
 
 #define LLMPAR__HF_SINGLE "model.safetensors"
 #define LLMPAR__HF_INDEX "model.safetensors.index.json"
+#define LLMPAR__HF_BAD(...) llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: " __VA_ARGS__)
 #define LLMPAR__HF_MAX_INDEX ((size_t)100000000) /* bytes, as for a header */
 
 LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
@@ -24132,10 +24129,10 @@ LLMPAR_DEF void llmpar_hf_index_free(llmpar_heap *heap, llmpar_hf_index *index)
 static llmpar_status llmpar__hf_index_entry(llmpar_hf_index *index, const llmpar_json *entry, const char *name, llmpar_error *error)
 {
     int32_t f = index->count ? index->place[index->count - 1] : 0; /* mostly the file of the tensor before */
-    if (strlen(entry->key) != entry->key_length) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": the name holds a NUL byte (byte %zu)", name, entry->key, entry->position);
-    if (entry->type != LLMPAR_JSON_STRING) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": expected the name of a file (byte %zu)", name, entry->key, entry->position);
+    if (strlen(entry->key) != entry->key_length) return LLMPAR__HF_BAD("tensor \"%.200s\": the name holds a NUL byte (byte %zu)", name, entry->key, entry->position);
+    if (entry->type != LLMPAR_JSON_STRING) return LLMPAR__HF_BAD("tensor \"%.200s\": expected the name of a file (byte %zu)", name, entry->key, entry->position);
     if (!entry->length || entry->length > 255 || strlen(entry->string) != entry->length || strpbrk(entry->string, "/\\") || strstr(entry->string, "..") || !strcmp(entry->string, "."))
-        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" in file \"%.255s\": expected the name of a file in this directory, without '/', '\\' and \"..\" (byte %zu)", name, entry->key, entry->string, entry->position);
+        return LLMPAR__HF_BAD("tensor \"%.200s\" in file \"%.255s\": expected the name of a file in this directory, without '/', '\\' and \"..\" (byte %zu)", name, entry->key, entry->string, entry->position);
     if (!index->files || strcmp(index->file[f], entry->string))
         for (f = 0; f < index->files && strcmp(index->file[f], entry->string); f++) {}
     if (f == LLMPAR_HF_MAX_FILES) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "%s: file \"%.255s\" is one more than the %d that a model may have (byte %zu)", name, entry->string, LLMPAR_HF_MAX_FILES, entry->position);
@@ -24157,14 +24154,14 @@ LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *te
     if (status) return status;
     const llmpar_json *map = llmpar_json_get(out->json, "weight_map"), *metadata = llmpar_json_get(out->json, "metadata"), *total = llmpar_json_get(metadata, "total_size");
     for (const llmpar_json *member = out->json->type == LLMPAR_JSON_OBJECT ? out->json->child : NULL; member && !status; member = member->next)
-        if (member != map && member != metadata) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: unknown field \"%.60s\", expected metadata and weight_map (byte %zu)", name, member->key, member->position);
-    if (!status && (!map || map->type != LLMPAR_JSON_OBJECT || !map->length)) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: expected an object with an object weight_map of tensors and files (byte %zu)", name, map ? map->position : out->json->position);
-    if (!status && metadata && metadata->type != LLMPAR_JSON_OBJECT) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata: expected an object (byte %zu)", name, metadata->position);
+        if (member != map && member != metadata) status = LLMPAR__HF_BAD("unknown field \"%.60s\", expected metadata and weight_map (byte %zu)", name, member->key, member->position);
+    if (!status && (!map || map->type != LLMPAR_JSON_OBJECT || !map->length)) status = LLMPAR__HF_BAD("expected an object with an object weight_map of tensors and files (byte %zu)", name, map ? map->position : out->json->position);
+    if (!status && metadata && metadata->type != LLMPAR_JSON_OBJECT) status = LLMPAR__HF_BAD("metadata: expected an object (byte %zu)", name, metadata->position);
     if (!status && total) {
         /* Some tools have written it as 123.0. */
         int whole = total->type == LLMPAR_JSON_NUMBER && total->number >= 0 && (total->is_integer || (total->number < 9007199254740992.0 && (double)(int64_t)total->number == total->number));
         if (whole) out->total_size = total->is_integer ? total->integer : (int64_t)total->number;
-        else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
+        else status = LLMPAR__HF_BAD("metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
     }
     if (!status) {
         out->tensor = (const char **)llmpar_heap_alloc(heap, map->length, sizeof *out->tensor);
@@ -24214,7 +24211,7 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
         const llmpar_safetensors *file = files->file[index->place[i]];
         const llmpar_safetensor *tensor = llmpar_safetensors_find(file, index->tensor[i]);
         if (tensor) seen[first[index->place[i]] + (tensor - file->tensor)] = 1;
-        else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is said to be in %s, which does not have it", files->path, index->tensor[i], index->file[index->place[i]]);
+        else status = LLMPAR__HF_BAD("tensor %.200s is said to be in %s, which does not have it", files->path, index->tensor[i], index->file[index->place[i]]);
     }
     for (int32_t f = 0; f < files->count && !status; f++)
         for (int32_t t = 0; t < files->file[f]->count && !status; t++) {
@@ -24223,11 +24220,11 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
             if (seen[first[f] + t]) continue;
             int32_t other = 0;
             while (other < files->count && (other == f || !llmpar_safetensors_find(files->file[other], tensor->name))) other++;
-            if (other < files->count) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is in %s and in %s, expected once", files->path, tensor->name, index->file[other], index->file[f]);
-            else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is in %s and not in the index", files->path, tensor->name, index->file[f]);
+            if (other < files->count) status = LLMPAR__HF_BAD("tensor %.200s is in %s and in %s, expected once", files->path, tensor->name, index->file[other], index->file[f]);
+            else status = LLMPAR__HF_BAD("tensor %.200s is in %s and not in the index", files->path, tensor->name, index->file[f]);
         }
     if (!status && index->total_size >= 0 && index->total_size != total)
-        status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata.total_size is %lld, but the tensors have %lld bytes", files->path, (long long)index->total_size, (long long)total);
+        status = LLMPAR__HF_BAD("metadata.total_size is %lld, but the tensors have %lld bytes", files->path, (long long)index->total_size, (long long)total);
     llmpar_heap_free(files->heap, seen);
     return status;
 }
@@ -24511,6 +24508,7 @@ LLMPAR_DEF void llmpar_hf_writer_abandon(llmpar_hf_writer *writer)
 
 #undef LLMPAR__HF_SINGLE
 #undef LLMPAR__HF_INDEX
+#undef LLMPAR__HF_BAD
 #undef LLMPAR__HF_MAX_INDEX
 
 #endif /* LLMPAR_NO_IO */
@@ -25005,32 +25003,27 @@ static int llmpar__directory_sweep(void *user, const char *name)
     return number;
 }
 
-static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), llmpar__directory_scan *scan)
+static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user)
 {
     int number;
-    do number = io->list(io->user, path, entry, scan);
+    do number = io->list(io->user, path, entry, user);
     while (number == EINTR);
     return number;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error)
 {
-    llmpar__directory_scan scan;
-    memset(&scan, 0, sizeof scan);
-    scan.below = below;
-    scan.newest = -1;
+    llmpar__directory_scan scan = {NULL, NULL, below, -1, 0};
     io = io ? io : llmpar_io_system();
-    int number = llmpar_file_kind(io, directory) == LLMPAR_IO_NONE ? 0 : llmpar__directory_list(io, directory, llmpar__directory_newest, &scan);
+    int number = llmpar__directory_list(io, directory, llmpar__directory_newest, &scan);
     *step = scan.newest;
-    return number ? llmpar__directory_error(error, "list it", directory, number) : LLMPAR_OK;
+    return number && number != ENOENT ? llmpar__directory_error(error, "list it", directory, number) : LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error)
 {
-    llmpar__directory_scan scan;
-    memset(&scan, 0, sizeof scan);
-    scan.io = io = io ? io : llmpar_io_system();
-    scan.directory = path;
+    llmpar__directory_scan scan = {io ? io : llmpar_io_system(), path, 0, 0, 0};
+    io = scan.io;
     int number;
     do { /* a listing may miss entries while others are removed */
         scan.removed = 0;
@@ -25068,8 +25061,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
     }
     while (!status) {
         left.name[0] = 0;
-        do number = io->list(io->user, directory, llmpar__directory_leftover, &left);
-        while (number == EINTR);
+        number = llmpar__directory_list(io, directory, llmpar__directory_leftover, &left);
         if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
         if (!left.name[0]) break;
         snprintf(path, sizeof path, "%s/%s.tmp", directory, left.name);
@@ -25148,14 +25140,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, 
 /* ---- writing ---- */
 
 typedef struct llmpar__manifest_out {
-    llmpar_writer *writer;
+    llmpar_writer *writer; /* NULL: bytes are only counted */
+    size_t bytes;
     llmpar_error *error;
     llmpar_status status; /* the first failure */
 } llmpar__manifest_out;
 
 static void llmpar__manifest_add(llmpar__manifest_out *out, const char *text)
 {
-    if (!out->status) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
+    out->bytes += strlen(text);
+    if (!out->status && out->writer) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
 }
 
 static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
@@ -25224,16 +25218,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar__array array[LLMPAR__ARRAYS];
-    llmpar__manifest_out out;
+    llmpar__manifest_out out = {NULL, 0, error, LLMPAR_OK};
+    const llmpar__checkpoint_file most = {"rank-00000.safetensors", UINT64_MAX, 0};
     int32_t files = 0, first = 1, *index = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)ctx->world, sizeof *index);
-    if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
-    out.error = error;
-    out.writer = NULL;
-    out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
+    if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
+    if (path) out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
     llmpar__manifest_put_info(&out, info);
     llmpar__manifest_put(&out, "},\n\"files\":[");
     for (int32_t r = 0; r <= ctx->world; r++) {
-        const llmpar__checkpoint_file *file = r < ctx->world ? &ranks[r] : config;
+        const llmpar__checkpoint_file *file = !path ? &most : r < ctx->world ? &ranks[r] : config;
         if (!file || !file->bytes) continue;
         if (r < ctx->world) index[r] = files;
         llmpar__manifest_put(&out, "%s\n{\"name\":\"%s\",\"bytes\":%llu,\"xxh64\":\"%016llx\"}", files ? "," : "", file->name, (unsigned long long)file->bytes, (unsigned long long)file->xxh64);
@@ -25250,9 +25243,10 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
         }
     llmpar__manifest_put(&out, "]");
     uint64_t sum = 0;
-    if (!out.status) llmpar_writer_sum(out.writer, NULL, &sum);
+    if (!out.status && path) llmpar_writer_sum(out.writer, NULL, &sum);
     llmpar__manifest_put(&out, ",\n\"xxh64\":\"%016llx\"}\n", (unsigned long long)sum);
-    if (!out.status) out.status = llmpar_writer_settle(out.writer, error);
+    if (!out.status && path) out.status = llmpar_writer_settle(out.writer, error);
+    if (out.bytes > LLMPAR__CHECKPOINT_MANIFEST && !path) out.status = llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "checkpoint: a manifest of %zu bytes, expected at most %zu", out.bytes, LLMPAR__CHECKPOINT_MANIFEST);
     llmpar_writer_abandon(out.writer);
     llmpar_heap_free(&ctx->heap, index);
     return out.status;
@@ -25421,26 +25415,29 @@ LLMPAR__PRIVATE_DEF int llmpar__manifest_is_shard(const char *name)
     return length > 12 && !strcmp(name + length - 12, ".safetensors");
 }
 
-/* Do two parts have an element in common? */
-static int llmpar__manifest_overlap(const llmpar_local *a, const llmpar_local *b, int32_t dims)
+/* Random; the indices from a to b weigh draw(b) - draw(a). */
+static uint64_t llmpar__manifest_draw(int64_t index, int32_t dim) { return llmpar__bits_mix((uint64_t)index * LLMPAR_MAX_DIMS + (uint64_t)dim); }
+
+/* What a part weighs, where each index of a dim has a random weight and an element the product of its indices'. Parts that hold every element once weigh what the tensor does; others only by chance, once in 2^48. */
+static uint64_t llmpar__manifest_weight(const llmpar_local *part, int32_t dims)
 {
-    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
-    int64_t volume;
-    int same = 1;
-    for (int32_t d = 0; d < dims; d++) {
-        if (a->offset[d] + a->shape[d] <= b->offset[d] || b->offset[d] + b->shape[d] <= a->offset[d]) return 0;
-        same = same && a->offset[d] == b->offset[d] && a->shape[d] == b->shape[d];
+    llmpar__box box[LLMPAR__BOXES];
+    uint64_t sum = 0, weight;
+    for (int32_t b = llmpar__mesh_boxes(part, dims, box); b-- > 0; sum += weight) {
+        weight = 1;
+        for (int32_t d = 0; d < dims; d++) weight *= llmpar__manifest_draw(box[b].end[d], d) - llmpar__manifest_draw(box[b].begin[d], d);
     }
-    if (same) return a->flat_begin < b->flat_begin + b->flat_count && b->flat_begin < a->flat_begin + a->flat_count;
-    llmpar__mesh_common(a, b, dims, box, &volume);
-    return volume > 0;
+    return sum;
 }
 
 static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m, llmpar__manifest_tensor *tensor, int64_t elements, llmpar__manifest_part *part)
 {
-    int64_t held = 0;
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    uint64_t weight = 1; /* that no part has had yet */
+    int64_t held = 0, common;
+    for (int32_t d = 0; d < tensor->dims; d++) weight *= llmpar__manifest_draw(tensor->shape[d], d) - llmpar__manifest_draw(0, d);
     tensor->part = part;
-    for (const llmpar_json *p = llmpar__manifest_array(in, list, "parts"); p && !in->status; p = p->next, part++) {
+    for (const llmpar_json *p = llmpar__manifest_array(in, list, "parts"); p && !in->status && held <= elements; p = p->next, part++) {
         llmpar_local *local = &part->local;
         if (!llmpar__manifest_object(in, p, tensor->name, "file offset shape begin count")) return;
         part->file = (int32_t)llmpar__manifest_member(in, p, "file", 0, (int64_t)m->files - 1);
@@ -25454,12 +25451,17 @@ static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *l
         local->flat_begin = llmpar__manifest_member(in, p, "begin", 0, local->elements);
         local->flat_count = llmpar__manifest_member(in, p, "count", 1, local->elements - local->flat_begin);
         if (tensor->parts && part->file <= part[-1].file) llmpar__manifest_bad(in, p, "%.200s: parts in files %d and %d, expected one a file, in their order", tensor->name, (int)part[-1].file, (int)part->file);
-        for (int32_t i = 0; i < tensor->parts && !in->status; i++)
-            if (llmpar__manifest_overlap(&tensor->part[i].local, local, tensor->dims)) llmpar__manifest_bad(in, p, "%.200s: the parts in %s and %s overlap", tensor->name, m->file[tensor->part[i].file].name, m->file[part->file].name);
-        held += in->status ? 0 : local->flat_count;
+        if (in->status) return;
+        held += local->flat_count;
+        weight -= llmpar__manifest_weight(local, tensor->dims);
         tensor->parts++;
     }
-    if (held != elements) llmpar__manifest_bad(in, list, "%.200s: its parts have %lld elements, expected %lld", tensor->name, (long long)held, (long long)elements);
+    /* Each with each, in search of a culprit. */
+    const llmpar_json *p = list->child;
+    for (const llmpar__manifest_part *a = tensor->part; weight && !in->status && a < tensor->part + tensor->parts; a++, p = p->next)
+        for (const llmpar__manifest_part *b = tensor->part; b < a && !in->status; b++)
+            if (llmpar__mesh_common(&a->local, &b->local, tensor->dims, box, &common)) llmpar__manifest_bad(in, p, "%.200s: the parts in %s and %s overlap", tensor->name, m->file[b->file].name, m->file[a->file].name);
+    if (held != elements || weight) llmpar__manifest_bad(in, list, "%.200s: its parts have %lld elements, expected %lld", tensor->name, (long long)held, (long long)elements);
 }
 
 static void llmpar__manifest_tensors(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m)
@@ -25510,15 +25512,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, cons
     char tail[LLMPAR__MANIFEST_TAIL + 1];
     llmpar_json_desc desc;
     llmpar_xxh64 sum;
-    llmpar__manifest_in in;
+    llmpar__manifest_in in = {name, error, LLMPAR_OK};
     memset(m, 0, sizeof *m);
     memset(&desc, 0, sizeof desc);
     desc.max_depth = 8;
     desc.unique_keys = 1;
     desc.name = name;
-    in.name = name;
-    in.error = error;
-    in.status = LLMPAR_OK;
     if (length < LLMPAR__MANIFEST_TAIL) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %zu bytes are no manifest", name, length);
     llmpar_xxh64_begin(&sum);
     llmpar_xxh64_add(&sum, text, length - LLMPAR__MANIFEST_TAIL);
@@ -25570,7 +25569,7 @@ struct llmpar_checkpoint {
     llmpar_optim *optim;
     llmpar_ctx *ctx;
     char *directory, *config;
-    int32_t keep, background;
+    int32_t keep, background, fits;       /* fits: load would take the manifest */
     /* The save under way. */
     int busy;                             /* parts are written, or being written */
     llmpar_checkpoint_info info;
@@ -25911,7 +25910,9 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmp
     if (status) return status;
     llmpar_error_clear(&c->error);
     llmpar__checkpoint_fill(c, info);
-    if (c->ctx->rank == 0) status = llmpar__checkpoint_begin(c->ctx->io, c->directory, c->info.step, &c->error);
+    if (c->ctx->rank == 0 && !c->fits) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, NULL, NULL, NULL, &c->error);
+    c->fits = !status;
+    if (c->ctx->rank == 0 && !status) status = llmpar__checkpoint_begin(c->ctx->io, c->directory, c->info.step, &c->error);
     status = llmpar__checkpoint_agree(c->ctx, status, &c->error, "checkpoint begun");
     if (status) return status;
     c->busy = 1;
@@ -25967,7 +25968,6 @@ LLMPAR_DEF void llmpar_checkpoint_destroy(llmpar_checkpoint *c)
 #define LLMPAR__LOAD_PIECE ((size_t)512 << 10)  /* of a part, at once in memory: stays in a cache */
 #define LLMPAR__LOAD_AHEAD ((size_t)64 << 10)   /* what short runs are read through */
 #define LLMPAR__LOAD_FILES 32                   /* open at once */
-#define LLMPAR__LOAD_MANIFEST ((size_t)1 << 30) /* bytes, at most */
 
 typedef struct llmpar__load_file { int32_t index; llmpar_safetensors *file; } llmpar__load_file;
 typedef struct llmpar__load {
@@ -25995,7 +25995,7 @@ static llmpar_status llmpar__load_manifest(llmpar__load *load)
     const size_t most = LLMPAR__CHECKPOINT_PATH - LLMPAR__CHECKPOINT_NAME - 1;
     if (strlen(load->path) > most) return llmpar_error_set(&load->error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %zu bytes", load->path, most);
     snprintf(path, sizeof path, "%s/manifest.json", load->path);
-    llmpar_status status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__LOAD_MANIFEST, &text, &bytes, &load->error);
+    llmpar_status status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__CHECKPOINT_MANIFEST, &text, &bytes, &load->error);
     if (!status) status = llmpar__manifest_parse(heap, text, bytes, path, &load->manifest, &load->error);
     llmpar_heap_free(heap, text);
     const char *slash = strrchr(load->path, '/');
@@ -26287,7 +26287,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
         load->ahead = load->piece + LLMPAR__LOAD_PIECE;
         status = llmpar__load_check(load);
     }
-    status = llmpar__checkpoint_agree(ctx, status, load ? &load->error : &error, "checkpoint verified");
+    status = llmpar__checkpoint_agree(ctx, status, error.status ? &error : &load->error, "checkpoint verified");
     if (!status && accept) status = llmpar__checkpoint_agree(ctx, accept(user, path, &load->manifest.info), NULL, "checkpoint accepted");
     if (!status) {
         status = llmpar__load_numbers(load);
@@ -26314,7 +26314,6 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
 #undef LLMPAR__LOAD_PIECE
 #undef LLMPAR__LOAD_AHEAD
 #undef LLMPAR__LOAD_FILES
-#undef LLMPAR__LOAD_MANIFEST
 
 #endif /* LLMPAR_NO_IO */
 
@@ -26665,7 +26664,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         if (failed) {
             llmpar_error broken;
             llmpar_error_clear(&broken);
-            llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started (system error %d)", (int)started, (int)ranks, failed);
+            llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started: %s", (int)started, (int)ranks, strerror(failed));
             broken.rank = started;
             llmpar_threads_world_fail(job->world, &broken);
             for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job->world, i);
@@ -27240,8 +27239,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__trainer_poll(llmpar_trainer *trainer, int 
 LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, uint64_t reserve, llmpar_trainer **out);
 LLMPAR__PRIVATE void llmpar__recipe_blocks_of(const llmpar_trainer_desc *desc, llmpar_llama *model, llmpar__recipe_blocks *out); /* all but AUTO */
 LLMPAR__PRIVATE int32_t llmpar__recipe_block_units(llmpar_llama *model);
-/* plan.c: how much memory in one piece serves this rank's steps; 0: there is a limit, or it cannot be counted. Local. */
-LLMPAR__PRIVATE uint64_t llmpar__plan_extent(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks);
+/* plan.c: what a step takes; all zero where the recipe is not allowed (by its desc, so on all ranks). Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__plan_needs(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out);
 /* plan.c: finds the blocks of AUTO; LLMPAR_ERR_MEMORY on every rank where a step would not fit desc->memory_limit, with what other policies would take. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks);
 
@@ -27273,22 +27272,23 @@ static llmpar_status llmpar__recipe_exact(const llmpar_trainer_desc *desc, const
     return LLMPAR_OK;
 }
 
+#define LLMPAR__DESC_NO(...) llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: " __VA_ARGS__)
 static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar_error *error)
 {
-    if (d->data && d->sequence) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: data and sequence are both set, expected one");
-    if (d->seq_len < 1 || d->seq_len > ((int64_t)1 << 24)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: seq_len = %lld, expected 1 .. %d", (long long)d->seq_len, 1 << 24);
-    if (d->grad_accum < 1 || d->grad_accum > (1 << 16)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: grad_accum = %d, expected 1 .. %d", (int)d->grad_accum, 1 << 16);
-    if (d->batch < 1 || d->batch > ((int64_t)1 << 30)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: batch = %lld, expected 1 .. %d", (long long)d->batch, 1 << 30);
-    if (d->recompute_every < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute_every = %d, expected at least 1", (int)d->recompute_every);
-    if ((int)d->recompute < 0 || (int)d->recompute > LLMPAR_RECOMPUTE_AUTO) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = %d, expected one of llmpar_recompute", (int)d->recompute);
-    if (d->recompute == LLMPAR_RECOMPUTE_AUTO && !d->memory_limit) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = AUTO needs memory_limit: it takes the cheapest recomputation that fits");
-    if (d->freeze < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: freeze = %d, expected 0 or more units", (int)d->freeze);
-    if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr = %g, expected a positive number", d->lr);
-    if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
-    if (d->warmup < 0 || d->total_steps < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
-    if (d->checkpoint_every < 0 || d->keep < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
-    if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: exact = %d, expected one of llmpar_exact", (int)d->exact);
-    if (!llmpar_is_pow2(d->canon) || d->canon > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: canon = %d, expected a power of two up to 64", (int)d->canon);
+    if (d->data && d->sequence) return LLMPAR__DESC_NO("data and sequence are both set, expected one");
+    if (d->seq_len < 1 || d->seq_len > ((int64_t)1 << 24)) return LLMPAR__DESC_NO("seq_len = %lld, expected 1 .. %d", (long long)d->seq_len, 1 << 24);
+    if (d->grad_accum < 1 || d->grad_accum > (1 << 16)) return LLMPAR__DESC_NO("grad_accum = %d, expected 1 .. %d", (int)d->grad_accum, 1 << 16);
+    if (d->batch < 1 || d->batch > ((int64_t)1 << 30)) return LLMPAR__DESC_NO("batch = %lld, expected 1 .. %d", (long long)d->batch, 1 << 30);
+    if (d->recompute_every < 1) return LLMPAR__DESC_NO("recompute_every = %d, expected at least 1", (int)d->recompute_every);
+    if ((int)d->recompute < 0 || (int)d->recompute > LLMPAR_RECOMPUTE_AUTO) return LLMPAR__DESC_NO("recompute = %d, expected one of llmpar_recompute", (int)d->recompute);
+    if (d->recompute == LLMPAR_RECOMPUTE_AUTO && !d->memory_limit) return LLMPAR__DESC_NO("recompute = AUTO needs memory_limit: it takes the cheapest recomputation that fits");
+    if (d->freeze < 0) return LLMPAR__DESC_NO("freeze = %d, expected 0 or more units", (int)d->freeze);
+    if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return LLMPAR__DESC_NO("lr = %g, expected a positive number", d->lr);
+    if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return LLMPAR__DESC_NO("lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
+    if (d->warmup < 0 || d->total_steps < 0) return LLMPAR__DESC_NO("warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
+    if (d->checkpoint_every < 0 || d->keep < 0) return LLMPAR__DESC_NO("checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
+    if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return LLMPAR__DESC_NO("exact = %d, expected one of llmpar_exact", (int)d->exact);
+    if (!llmpar_is_pow2(d->canon) || d->canon > 64) return LLMPAR__DESC_NO("canon = %d, expected a power of two up to 64", (int)d->canon);
     return LLMPAR_OK;
 }
 
@@ -27296,15 +27296,15 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
 static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_error *error)
 {
     if (d->dtype != LLMPAR_F16 && (d->loss_scale.scale != 0 || d->loss_scale.least != 0 || d->loss_scale.most != 0 || d->loss_scale.interval))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
-    if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
-    if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
+        return LLMPAR__DESC_NO("loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
+    if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return LLMPAR__DESC_NO("lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
+    if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return LLMPAR__DESC_NO("checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
     if (!d->checkpoint && d->resume && (!strcmp(d->resume, "auto") || !strncmp(d->resume, "step-", 5)))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: resume = %s without checkpoint, expected the directory that it is in", d->resume);
+        return LLMPAR__DESC_NO("resume = %s without checkpoint, expected the directory that it is in", d->resume);
     if (d->offload_update == LLMPAR_TIER_HOST && (d->optim.kind == LLMPAR_OPTIM_LOMO || d->optim.kind == LLMPAR_OPTIM_ADALOMO))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: offload_update = host with %s, expected adamw or sgd: it updates inside backward, where its gradient is", llmpar_optim_name(d->optim.kind));
+        return LLMPAR__DESC_NO("offload_update = host with %s, expected adamw or sgd: it updates inside backward, where its gradient is", llmpar_optim_name(d->optim.kind));
     if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
+        return LLMPAR__DESC_NO("optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
                                 d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
     return LLMPAR_OK;
 }
@@ -27562,9 +27562,10 @@ LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *mod
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     llmpar__recipe_blocks_of(&resolved, model, &blocks);
-    int trains = resolved.data || resolved.sequence;
-    if (trains && resolved.memory_limit) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
-    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, trains ? llmpar__plan_extent(mesh, model, &resolved, &blocks) : 0, out);
+    llmpar_memory memory;
+    memory.step.extent = 0;
+    if (resolved.data || resolved.sequence) status = resolved.memory_limit ? llmpar__plan_fit(mesh, model, &resolved, &blocks) : llmpar__plan_needs(mesh, model, &resolved, &blocks, &memory);
+    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, memory.step.extent, out);
 }
 
 LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
@@ -27602,6 +27603,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, 
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_load(t->fsdp, directory) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL) : LLMPAR_ERR_ARGUMENT; }
+
+#undef LLMPAR__DESC_NO
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/trainer.c ==== */
@@ -28067,9 +28070,11 @@ static void llmpar__metrics_usage(FILE *file, const char *name, const uint64_t b
 /* A resumed run goes on behind its own lines: those of later steps, and one that a crash cut short, go. */
 static FILE *llmpar__metrics_resume(const llmpar_trainer *t)
 {
-    FILE *file = llmpar_is_file(t->desc.log) ? fopen(t->desc.log, "r+") : fopen(t->desc.log, "a");
+    FILE *file = fopen(t->desc.log, "a");
     long keep = 0, step = -1;
-    for (int c = 0, at = 0; file && llmpar_is_file(t->desc.log);) {
+    if (!file || fseek(file, 0, SEEK_END) || ftell(file) <= 0) return file; /* new, no file */
+    file = freopen(t->desc.log, "r+", file);
+    for (int c = 0, at = 0; file;) {
         static const char head[] = "{\"step\":";
         long number = 0;
         for (at = 0; head[at] && (c = fgetc(file)) == head[at];) at++;
@@ -28079,7 +28084,7 @@ static FILE *llmpar__metrics_resume(const llmpar_trainer *t)
         step = number;
         keep = ftell(file);
     }
-    if (file && llmpar_is_file(t->desc.log) && (fflush(file) || ftruncate(fileno(file), keep) || fseek(file, keep, SEEK_SET))) {
+    if (file && (ferror(file) || fflush(file) || ftruncate(fileno(file), keep) || fseek(file, keep, SEEK_SET))) {
         fclose(file);
         return NULL;
     }
@@ -28325,6 +28330,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
     sim.host = sim.device; /* nothing is computed anywhere */
     sim.host_comm = sim.comm;
     if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
+    out->init.live_total = !status; /* done: what ranks do together */
     if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
     if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, (uint64_t)1 << 45 /* more than enough */, &trainer);
     if (!status) status = llmpar_trainer_step(trainer, NULL);
@@ -28350,33 +28356,26 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
 
 #endif
 
-LLMPAR__PRIVATE_DEF uint64_t llmpar__plan_extent(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_needs(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out)
 {
-    llmpar_memory memory;
     llmpar_error error;
     llmpar_error_clear(&error);
-    /* What is wrong with the recipe shows when it is made. */
-    return desc->memory_limit || llmpar__plan_step(mesh, model, desc, blocks, &memory, &error) ? 0 : memory.step.extent;
+    llmpar_status status = llmpar__plan_step(mesh, model, desc, blocks, out, &error);
+    if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
+    return status ? llmpar_fail(mesh->ctx, status, "%s", error.text) : LLMPAR_OK;
 }
 
 /* ---- fitting a limit ---- */
 
-/* The largest rank's peak without a limit, the same number on every rank; 0 where the recipe is not allowed (by its desc, so on all ranks). */
+/* The largest rank's peak without a limit, the same number on every rank; 0 where the recipe is not allowed. */
 static llmpar_status llmpar__plan_peak(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, uint64_t *peak)
 {
     llmpar_trainer_desc free_desc = *desc;
     llmpar_memory memory;
-    llmpar_error error;
-    llmpar_error_clear(&error);
     free_desc.memory_limit = 0;
-    *peak = 0;
-    llmpar_status status = llmpar__plan_step(mesh, model, &free_desc, blocks, &memory, &error);
-    if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
-    if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
-    int64_t mine = (int64_t)memory.step.peak_total;
-    status = llmpar__comm_largest(mesh->ctx->comm, &mine, 1, "plan");
-    *peak = (uint64_t)mine;
-    return status;
+    llmpar_status status = llmpar__plan_needs(mesh, model, &free_desc, blocks, &memory);
+    *peak = memory.step.peak_total;
+    return status ? status : llmpar__comm_largest(mesh->ctx->comm, (int64_t *)peak, 1, "plan");
 }
 
 /* "--recompute full: 123456 bytes (9999 less)" for a policy that is not on yet and would save. */
@@ -28398,42 +28397,24 @@ static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, 
 
 static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__text *out)
 {
+    static const char *const tiers[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
     llmpar_status status = LLMPAR_OK;
-    llmpar_trainer_desc other = *desc;
-    if (desc->recompute == LLMPAR_RECOMPUTE_NONE) {
-        other.recompute = LLMPAR_RECOMPUTE_SELECTIVE;
-        status = llmpar__plan_offer(mesh, model, &other, now, "recompute selective", out);
+    llmpar_trainer_desc other;
+    char accum[48];
+#define LLMPAR__PLAN_OFFER(sensible, change, name) \
+    other = *desc; \
+    change; \
+    if (!status && (sensible)) status = llmpar__plan_offer(mesh, model, &other, now, name, out);
+    LLMPAR__PLAN_OFFER(desc->recompute == LLMPAR_RECOMPUTE_NONE, other.recompute = LLMPAR_RECOMPUTE_SELECTIVE, "recompute selective")
+    LLMPAR__PLAN_OFFER(desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1), (other.recompute = LLMPAR_RECOMPUTE_FULL, other.recompute_every = 1), "recompute full")
+    LLMPAR__PLAN_OFFER(desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1, other.zero = LLMPAR_ZERO_3, "zero 3")
+    LLMPAR__PLAN_OFFER(mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0, other.sequence_parallel = 1, "sp on")
+    for (int state = 0; state < LLMPAR_STATE_COUNT; state++) {
+        LLMPAR__PLAN_OFFER(desc->offload[state] == LLMPAR_TIER_DEVICE, other.offload[state] = LLMPAR_TIER_FILE, tiers[state])
     }
-    if (!status && desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1)) {
-        other = *desc;
-        other.recompute = LLMPAR_RECOMPUTE_FULL;
-        other.recompute_every = 1;
-        status = llmpar__plan_offer(mesh, model, &other, now, "recompute full", out);
-    }
-    if (!status && desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1) {
-        other = *desc;
-        other.zero = LLMPAR_ZERO_3;
-        status = llmpar__plan_offer(mesh, model, &other, now, "zero 3", out);
-    }
-    if (!status && mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0) {
-        other = *desc;
-        other.sequence_parallel = 1;
-        status = llmpar__plan_offer(mesh, model, &other, now, "sp on", out);
-    }
-    for (int state = 0; state < LLMPAR_STATE_COUNT && !status; state++) {
-        static const char *const name[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
-        if (desc->offload[state] != LLMPAR_TIER_DEVICE) continue;
-        other = *desc;
-        other.offload[state] = LLMPAR_TIER_FILE;
-        status = llmpar__plan_offer(mesh, model, &other, now, name[state], out);
-    }
-    if (!status && desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0) {
-        char name[48];
-        other = *desc;
-        other.grad_accum = 2 * desc->grad_accum;
-        snprintf(name, sizeof name, "grad-accum %d", (int)other.grad_accum);
-        status = llmpar__plan_offer(mesh, model, &other, now, name, out);
-    }
+    snprintf(accum, sizeof accum, "grad-accum %d", 2 * (int)desc->grad_accum);
+    LLMPAR__PLAN_OFFER(desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0, other.grad_accum *= 2, accum)
+#undef LLMPAR__PLAN_OFFER
     return status;
 }
 
@@ -28483,7 +28464,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
     if (status) return status;
     llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
     int64_t refused = mine != LLMPAR_OK;
-    if (mine && mine != LLMPAR_ERR_MEMORY) return llmpar_fail(ctx, mine, "%s", error.text);
+    if (mine && (mine != LLMPAR_ERR_MEMORY || !memory.init.live_total)) return llmpar_fail(ctx, mine, "%s", error.text);
     status = llmpar__comm_largest(ctx->comm, &refused, 1, "plan"); /* all ranks refuse together */
     if (status || !refused) return status;
     char offers[900];

@@ -214,6 +214,7 @@ typedef struct llmpar__cuda_stream {
     cudaStream_t handle;       /* NULL: not in use */
     llmpar_status status;      /* sticks; the first failure of what was enqueued here. Atomic: host calls set it from the driver's thread */
     llmpar_error error;        /* what a host call said that failed */
+    llmpar_error refused;      /* what else failed first; the rank's thread alone looks at it */
     int told;                  /* atomic: that is complete. The rank's thread may set status while a host call still speaks */
     void *library;             /* desc.library_workspace bytes for products, made with the stream in FAST mode; else NULL */
     char name[24];
@@ -6677,8 +6678,8 @@ static llmpar__cuda_stream *llmpar__cuda_stream_of(llmpar_device *device, llmpar
 static llmpar_status llmpar__cuda_stuck(llmpar_device *device, llmpar__cuda_stream *own)
 {
     llmpar_status status = __atomic_load_n(&own->status, __ATOMIC_ACQUIRE);
-    if (status && __atomic_load_n(&own->told, __ATOMIC_ACQUIRE) && device->error && device->error->status == LLMPAR_OK) {
-        llmpar_error taken = own->error;
+    if (status && device->error && device->error->status == LLMPAR_OK) {
+        llmpar_error taken = __atomic_load_n(&own->told, __ATOMIC_ACQUIRE) ? own->error : own->refused;
         if (device->error->where[0]) memcpy(taken.where, device->error->where, sizeof taken.where);
         if (device->error->rank >= 0) taken.rank = device->error->rank;
         *device->error = taken;
@@ -6690,7 +6691,10 @@ static llmpar_status llmpar__cuda_stuck(llmpar_device *device, llmpar__cuda_stre
 static llmpar_status llmpar__cuda_stick(llmpar_device *device, llmpar_stream *stream, llmpar_status status)
 {
     llmpar__cuda_stream *own = llmpar__cuda_stream_of(device, stream);
-    if (stream && status && !__atomic_load_n(&own->status, __ATOMIC_ACQUIRE)) __atomic_store_n(&own->status, status, __ATOMIC_RELEASE);
+    if (stream && status && !__atomic_load_n(&own->status, __ATOMIC_ACQUIRE)) {
+        if (device->error) own->refused = *device->error;
+        __atomic_store_n(&own->status, status, __ATOMIC_RELEASE);
+    }
     return status;
 }
 
@@ -6798,6 +6802,7 @@ static llmpar_status llmpar__cuda_stream_open(llmpar_device *device, llmpar__cud
     own->status = LLMPAR_OK;
     own->told = 0;
     llmpar_error_clear(&own->error);
+    llmpar_error_clear(&own->refused);
     snprintf(own->name, sizeof own->name, "%.23s", name ? name : "stream");
     /* Communication goes first: others wait for it. */
     if (!status) status = llmpar__cuda_check(device, cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");

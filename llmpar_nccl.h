@@ -94,6 +94,7 @@ LLMPAR_EXTERN_C_END
    watch.c (the helper thread; failures), memory.c (registered memory), collectives.c, world.c (communicators). */
 
 #include <nccl.h>
+#include <poll.h>
 #include <pthread.h>
 
 #if NCCL_VERSION_CODE < 22000
@@ -172,6 +173,7 @@ typedef struct llmpar__nccl_link {
     int fd;                    /* -1: none */
     unsigned char *in, *out;
     size_t in_room, in_used, out_room, out_used;
+    int ready;                 /* the last wait has found something on it: to read, or its end */
 } llmpar__nccl_link;
 
 /* What rank 0 knows of a rank; the others know rank 0 alone, as peer[0]. */
@@ -196,7 +198,6 @@ typedef struct llmpar__nccl_slot {
 
 /* A communicator as rank 0 knows it; of malloc: it is made by the helper's thread, which may not use the rank's heap. */
 typedef struct llmpar__nccl_context {
-    struct llmpar__nccl_context *next;
     uint64_t id;
     int32_t members, dropped, asked; /* asked: members that have come to the present split */
     int32_t oldest, newest;    /* of its slots; -1: none */
@@ -230,6 +231,8 @@ typedef struct llmpar__nccl_world {
     int32_t helping, stop;
     int pipe[2];               /* wakes the helper */
     llmpar__nccl_peer *peer;   /* [ranks]; not rank 0: [1] */
+    struct pollfd *polled;     /* [1 + ranks] of the helper: the pipe, then links; not rank 0: [2] */
+    int32_t *polled_peer;      /* whose */
     int32_t aborted;           /* atomic too: the job has failed */
     llmpar__nccl_verdict verdict;
     double failed_at;
@@ -247,8 +250,8 @@ typedef struct llmpar__nccl_world {
     unsigned char *here;
     int32_t slots, free_slot;  /* never without one that a rank may have */
     int32_t common;            /* slots in use that are no rank's own */
-    llmpar__nccl_context *contexts;
-    uint64_t next_context;
+    llmpar__nccl_context **context; /* [contexts] by id, of malloc; NULL: nobody's any more, and free for the next */
+    uint64_t contexts;
     int32_t convicted, waiting_for_told, closing;
 
     pthread_mutex_t nccl_lock; /* around NCCL's calls, the list of communicators and their handles */
@@ -281,7 +284,7 @@ struct llmpar__nccl_comm {
 LLMPAR__PRIVATE double llmpar__nccl_now(void);
 LLMPAR__PRIVATE void llmpar__nccl_nap(double seconds);
 LLMPAR__PRIVATE int llmpar__nccl_listen(const char *host, int port, int *bound, int *failure); /* fd or -1; port 0: any; *bound: the port; *failure: errno */
-LLMPAR__PRIVATE int llmpar__nccl_connect(const char *host, int port, double limit);            /* fd or -1 */
+LLMPAR__PRIVATE int llmpar__nccl_connect(const char *host, int port, double limit, const char **why); /* fd; or -1, and *why */
 LLMPAR__PRIVATE int llmpar__nccl_accept_one(int listener);                                      /* fd or -1; never waits */
 LLMPAR__PRIVATE int llmpar__nccl_split_address(const char *address, char host[256], int *port); /* 0: malformed */
 LLMPAR__PRIVATE size_t llmpar__nccl_own_addresses(char *text, size_t capacity);                 /* numeric, blanks between them; the loopback's last */
@@ -299,7 +302,7 @@ LLMPAR__PRIVATE int llmpar__nccl_link_make(llmpar_heap *heap, llmpar__nccl_link 
 LLMPAR__PRIVATE int llmpar__nccl_link_put(llmpar__nccl_link *link, llmpar__nccl_kind kind, const void *a, size_t a_bytes, const void *b, size_t b_bytes);
 LLMPAR__PRIVATE int llmpar__nccl_link_flush(llmpar__nccl_link *link);  /* as much as goes; 0: broken */
 LLMPAR__PRIVATE int llmpar__nccl_link_fill(llmpar__nccl_link *link);   /* as much as has come; 0: broken or over */
-LLMPAR__PRIVATE void llmpar__nccl_wait_links(llmpar__nccl_world *world, double seconds); /* without the lock: until something can be read, or written where it has to be, or poke */
+LLMPAR__PRIVATE void llmpar__nccl_wait_links(llmpar__nccl_world *world, double seconds); /* without the lock: until something can be read, or written where it has to be, or poke; says of each link whether it is ready */
 LLMPAR__PRIVATE void llmpar__nccl_poke(const llmpar__nccl_world *world);
 LLMPAR__PRIVATE int llmpar__nccl_pipe(int fds[2]);
 
@@ -359,7 +362,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_str
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -476,7 +478,7 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_listen(const char *host, int port, int *bou
     return llmpar__nccl_bind(AF_INET, port, loopback4, bound, failure);
 }
 
-LLMPAR__PRIVATE_DEF int llmpar__nccl_connect(const char *host, int port, double limit)
+LLMPAR__PRIVATE_DEF int llmpar__nccl_connect(const char *host, int port, double limit, const char **why)
 {
     struct addrinfo hints, *all = NULL;
     char service[16];
@@ -485,24 +487,30 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_connect(const char *host, int port, double 
     hints.ai_family = AF_UNSPEC;
     hints.ai_socktype = SOCK_STREAM;
     snprintf(service, sizeof service, "%d", port);
-    if (getaddrinfo(host, service, &hints, &all)) return -1;
+    int unknown = getaddrinfo(host, service, &hints, &all);
+    if (unknown) {
+        *why = gai_strerror(unknown);
+        return -1;
+    }
     for (struct addrinfo *a = all; a && fd < 0; a = a->ai_next) {
         double until = llmpar__nccl_now() + 2;
         if (until > limit) until = limit;
         fd = socket(a->ai_family, SOCK_STREAM, 0);
-        if (fd < 0) continue;
-        int connected = llmpar__nccl_prepare(fd) && (!connect(fd, a->ai_addr, a->ai_addrlen) || errno == EINPROGRESS);
+        int connected = fd >= 0 && llmpar__nccl_prepare(fd) && (!connect(fd, a->ai_addr, a->ai_addrlen) || errno == EINPROGRESS), broken = errno;
         if (connected) {
             struct pollfd p;
-            int broken = 0;
             socklen_t length = sizeof broken;
             p.fd = fd;
             p.events = POLLOUT;
             p.revents = 0;
             double left = until - llmpar__nccl_now();
+            broken = ETIMEDOUT;
             connected = poll(&p, 1, left > 0 ? (int)(left * 1000) : 0) > 0 && !getsockopt(fd, SOL_SOCKET, SO_ERROR, &broken, &length) && !broken;
         }
-        if (!connected) llmpar__nccl_close(&fd);
+        if (!connected) {
+            *why = strerror(broken);
+            llmpar__nccl_close(&fd);
+        }
     }
     freeaddrinfo(all);
     return fd;
@@ -664,9 +672,11 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_link_flush(llmpar__nccl_link *link)
 LLMPAR__PRIVATE_DEF int llmpar__nccl_link_fill(llmpar__nccl_link *link)
 {
     while (link->fd >= 0 && link->in_used < link->in_room) {
-        ssize_t got = recv(link->fd, link->in + link->in_used, link->in_room - link->in_used, 0);
+        size_t room = link->in_room - link->in_used;
+        ssize_t got = recv(link->fd, link->in + link->in_used, room, 0);
         if (got > 0) {
             link->in_used += (size_t)got;
+            if ((size_t)got < room) break; /* it is empty for now; its end would be the next wait's to find */
             continue;
         }
         if (got < 0 && errno == EINTR) continue;
@@ -677,31 +687,27 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_link_fill(llmpar__nccl_link *link)
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_wait_links(llmpar__nccl_world *world, double seconds)
 {
-    enum { MOST = 64 };
-    struct pollfd p[MOST + 1];
-    int count = 0, peers = world->rank ? 1 : world->ranks, more = 0;
-    p[count].fd = world->pipe[0];
-    p[count].revents = 0;
-    p[count++].events = POLLIN;
+    struct pollfd *p = world->polled;
+    int32_t count = 1, peers = world->rank ? 1 : world->ranks;
+    p[0].fd = world->pipe[0];
+    p[0].events = POLLIN;
     pthread_mutex_lock(&world->lock);
-    for (int i = 0; i < peers; i++) {
+    for (int32_t i = 0; i < peers; i++) {
         const llmpar__nccl_link *link = &world->peer[i].link;
         if (link->fd < 0) continue;
-        if (count > MOST) {
-            more = 1;
-            break;
-        }
+        world->polled_peer[count] = i;
         p[count].fd = link->fd;
-        p[count].revents = 0;
         p[count++].events = (short)((link->in_used < link->in_room ? POLLIN : 0) | (link->out_used ? POLLOUT : 0));
     }
     pthread_mutex_unlock(&world->lock);
-    if (more && seconds > 0.005) seconds = 0.005; /* the links beyond are looked at all the same, every time */
-    poll(p, (nfds_t)count, (int)(seconds * 1000) + 1);
+    if (poll(p, (nfds_t)count, (int)(seconds * 1000) + 1) <= 0) return;
     if (p[0].revents) {
         char drop[64];
         while (read(world->pipe[0], drop, sizeof drop) > 0) {}
     }
+    pthread_mutex_lock(&world->lock);
+    for (int32_t i = 1; i < count; i++) world->peer[world->polled_peer[i]].link.ready = (p[i].revents & ~POLLOUT) != 0;
+    pthread_mutex_unlock(&world->lock);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_poke(const llmpar__nccl_world *world)
@@ -986,16 +992,37 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
     return 1;
 }
 
+/* As NCCL itself tells GPUs and machines apart; of one GPU by rank. */
+static int llmpar__nccl_by_place(const void *x, const void *y)
+{
+    const llmpar__nccl_hello *a = *(const llmpar__nccl_hello *const *)x, *b = *(const llmpar__nccl_hello *const *)y;
+    int order = strcmp(a->place, b->place);
+    if (!order) order = strcmp(a->host, b->host);
+    if (!order) order = strcmp(a->boot, b->boot);
+    return order ? order : a->rank - b->rank;
+}
+
 static void llmpar__nccl_neighbours(const llmpar__nccl_world *world, const llmpar__nccl_hello *all, llmpar_error *error)
 {
+    size_t n = (size_t)world->ranks;
     char a[120], b[120];
-    for (int32_t i = 0; i < world->ranks && !world->desc.one_device; i++)
-        for (int32_t j = 0; j < i && all[i].place[0]; j++) {
-            if (strcmp(all[i].place, all[j].place) || strcmp(all[i].host, all[j].host) || strcmp(all[i].boot, all[j].boot)) continue; /* as NCCL itself tells machines apart */
-            llmpar_error_set(error, LLMPAR_ERR_CONFIG, "nccl: %s and %s have the same GPU, %s (NCCL needs one a rank)", llmpar__nccl_name(&all[j], a), llmpar__nccl_name(&all[i], b), all[i].place);
-            if (error->rank < 0) error->rank = i;
-            return;
-        }
+    if (world->desc.one_device) return;
+    const llmpar__nccl_hello **by = (const llmpar__nccl_hello **)malloc(n * sizeof *by), *first = NULL, *second = NULL;
+    if (!by) {
+        llmpar_error_set(error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) by[i] = &all[i];
+    qsort((void *)by, n, sizeof *by, llmpar__nccl_by_place);
+    for (size_t i = 1; i < n; i++) { /* the lowest rank that comes second */
+        if (!by[i]->place[0] || strcmp(by[i]->place, by[i - 1]->place) || strcmp(by[i]->host, by[i - 1]->host) || strcmp(by[i]->boot, by[i - 1]->boot) || (second && second->rank < by[i]->rank)) continue;
+        first = by[i - 1];
+        second = by[i];
+    }
+    free((void *)by);
+    if (!second) return;
+    llmpar_error_set(error, LLMPAR_ERR_CONFIG, "nccl: %s and %s have the same GPU, %s (NCCL needs one a rank)", llmpar__nccl_name(first, a), llmpar__nccl_name(second, b), second->place);
+    if (error->rank < 0) error->rank = second->rank;
 }
 
 static void llmpar__nccl_missing(const llmpar__nccl_world *world, llmpar_error *error)
@@ -1108,11 +1135,12 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
 /* ---- the others ---- */
 
 /* One attempt at one place. The connection, or -1. */
-static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello *hello, double limit)
+static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello *hello, double limit, const char **why)
 {
     llmpar__nccl_accept accept;
-    int fd = llmpar__nccl_connect(host, port, limit);
+    int fd = llmpar__nccl_connect(host, port, limit, why);
     if (fd < 0) return -1;
+    *why = "nobody there answers as rank 0";
     double now = llmpar__nccl_now();
     if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + LLMPAR__NCCL_PATIENCE) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + LLMPAR__NCCL_PATIENCE) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
         accept.key == hello->key)
@@ -1121,7 +1149,7 @@ static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello
     return -1;
 }
 
-static int llmpar__nccl_try_all(const llmpar__nccl_place *place, const llmpar__nccl_hello *hello, double limit)
+static int llmpar__nccl_try_all(const llmpar__nccl_place *place, const llmpar__nccl_hello *hello, double limit, const char **why)
 {
     const char *at = place->hosts;
     while (*at) {
@@ -1131,7 +1159,7 @@ static int llmpar__nccl_try_all(const llmpar__nccl_place *place, const llmpar__n
             memcpy(host, at, length);
             host[length] = 0;
             for (int i = 0; i < place->ports && llmpar__nccl_now() < limit; i++) {
-                int fd = llmpar__nccl_try(host, place->port + i, hello, limit);
+                int fd = llmpar__nccl_try(host, place->port + i, hello, limit, why);
                 if (fd >= 0) return fd;
             }
         }
@@ -1149,6 +1177,7 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
     llmpar__nccl_hello hello;
     llmpar__nccl_welcome welcome;
     char text[LLMPAR__NCCL_PLACE + 1], why[512] = "";
+    const char *last = "no address"; /* why it was not found, at the last place */
     int known = 0, fd = -1;
     memset(text, 0, sizeof text);
     memset(&place, 0, sizeof place);
@@ -1174,6 +1203,7 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
         if (desc->file) {
             int file = open(desc->file, O_RDONLY | O_CLOEXEC);
             ssize_t got = file >= 0 ? read(file, text, LLMPAR__NCCL_PLACE) : -1;
+            if (got < 0) last = strerror(errno);
             if (file >= 0) close(file);
             text[got > 0 ? got : 0] = 0;
             known = llmpar__nccl_place_read(text, &place, why);
@@ -1181,15 +1211,15 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
         }
         if (known) {
             llmpar__nccl_hello_fill(world, st, nccl, place.key, &hello);
-            fd = llmpar__nccl_try_all(&place, &hello, limit);
+            fd = llmpar__nccl_try_all(&place, &hello, limit, &last);
         }
         if (fd < 0) llmpar__nccl_nap(round < 20 ? 0.01 : 0.1);
     }
     if (fd < 0) {
         if (st) return st;
         if (why[0]) return llmpar_error_set(world->error, LLMPAR_ERR_PEER, "nccl: the meeting: rank 0: %s", why);
-        return llmpar_error_set(world->error, LLMPAR_ERR_TIMEOUT, "nccl: the meeting: rank 0 was not to be found at %s%.300s within %g s", desc->file ? "the address in " : "",
-                                desc->file ? desc->file : address ? address : place.hosts, desc->deadline);
+        return llmpar_error_set(world->error, LLMPAR_ERR_TIMEOUT, "nccl: the meeting: rank 0 was not to be found at %s%.300s within %g s: %s", desc->file ? "the address in " : "",
+                                desc->file ? desc->file : address ? address : place.hosts, desc->deadline, last);
     }
     int got = llmpar__nccl_receive_all(fd, &welcome, sizeof welcome, limit + 2 * LLMPAR__NCCL_AFTER);
     if (got != 1) {
@@ -1486,12 +1516,13 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_look(llmpar__nccl_world *world)
         llmpar__nccl_peer *peer = &world->peer[i];
         if (peer->link.fd < 0) continue;
         int alive = 1, sane = 1;
-        for (int more = 1; more && alive && sane;) {
+        for (int more = peer->link.ready || peer->link.in_used; more && alive && sane;) {
             size_t before = peer->link.in_used;
             alive = llmpar__nccl_link_fill(&peer->link);
             more = peer->link.in_used == peer->link.in_room && peer->link.in_used > before;
             sane = llmpar__nccl_read(world, i);
         }
+        peer->link.ready = 0;
         size_t waiting = peer->link.out_used;
         if (alive && sane) alive = llmpar__nccl_link_flush(&peer->link);
         if (waiting > peer->link.out_used) pthread_cond_broadcast(&world->wake); /* there is room again */
@@ -1525,17 +1556,14 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_look(llmpar__nccl_world *world)
 
 static void llmpar__nccl_context_free(llmpar__nccl_context *context)
 {
-    free(context->member);
+    if (context) free(context->member);
     free(context);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_free(llmpar__nccl_world *world)
 {
-    while (world->contexts) {
-        llmpar__nccl_context *context = world->contexts;
-        world->contexts = context->next;
-        llmpar__nccl_context_free(context);
-    }
+    while (world->contexts) llmpar__nccl_context_free(world->context[--world->contexts]);
+    free(world->context);
     llmpar_heap_free(world->heap, world->slot);
     llmpar_heap_free(world->heap, world->here);
 }
@@ -1544,9 +1572,13 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_free(llmpar__nccl_world *world)
 static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world, const int32_t *member, int32_t members)
 {
     size_t n = (size_t)members;
-    llmpar__nccl_context *context = (llmpar__nccl_context *)calloc(1, sizeof *context);
+    uint64_t id = 0;
+    llmpar__nccl_context *context = (llmpar__nccl_context *)calloc(1, sizeof *context), **table = world->context;
     int32_t *all = context ? (int32_t *)calloc(4 * n, sizeof *all) : NULL;
-    if (!all) {
+    while (id < world->contexts && world->context[id]) id++;
+    if (all && id == world->contexts) table = (llmpar__nccl_context **)realloc((void *)world->context, (size_t)(id + 1) * sizeof *table);
+    if (!all || !table) {
+        free(all);
         free(context);
         return NULL;
     }
@@ -1557,9 +1589,10 @@ static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world
     for (int32_t i = 0; i < members; i++) all[i] = member ? member[i] : i;
     context->members = members;
     context->oldest = context->newest = -1;
-    context->id = world->next_context++;
-    context->next = world->contexts;
-    world->contexts = context;
+    context->id = id;
+    world->context = table;
+    world->context[id] = context;
+    if (id == world->contexts) world->contexts++;
     return context;
 }
 
@@ -1580,9 +1613,7 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
 
 static llmpar__nccl_context *llmpar__nccl_context_of(llmpar__nccl_world *world, uint64_t id)
 {
-    for (llmpar__nccl_context *c = world->contexts; c; c = c->next)
-        if (c->id == id) return c;
-    return NULL;
+    return id < world->contexts ? world->context[id] : NULL;
 }
 
 /* ---- failures ---- */
@@ -1781,17 +1812,15 @@ static int llmpar__nccl_hub_split(llmpar__nccl_world *world, int32_t rank, const
 
 static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, int32_t rank, uint64_t id)
 {
-    llmpar__nccl_context **at = &world->contexts, *context;
+    llmpar__nccl_context *context = llmpar__nccl_context_of(world, id);
     int32_t member = 0;
     if (world->convicted) return 1; /* it may come from the midst of anything */
-    while (*at && (*at)->id != id) at = &(*at)->next;
-    context = *at;
     while (context && member < context->members && context->member[member] != rank) member++;
     if (!context || member == context->members || context->waits[member]) return -1;
     context->waits[member] = 1; /* nothing comes from it any more */
     if (++context->dropped < context->members) return 1;
     while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
-    *at = context->next;
+    world->context[id] = NULL; /* each member has said that it says no more of it: another may have its number */
     llmpar__nccl_context_free(context);
     return 1;
 }
@@ -1840,8 +1869,9 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_take(llmpar__nccl_world *world, int32_t
 /* A call that a rank has returned without. */
 static void llmpar__nccl_hub_returned(llmpar__nccl_world *world, double now)
 {
-    for (const llmpar__nccl_context *context = world->contexts; context; context = context->next)
-        for (int32_t i = context->oldest; i >= 0 && now >= world->slot[i].since + LLMPAR__NCCL_GONE; i = world->slot[i].next) {
+    for (uint64_t id = 0; id < world->contexts; id++) {
+        const llmpar__nccl_context *context = world->context[id];
+        for (int32_t i = context ? context->oldest : -1; i >= 0 && now >= world->slot[i].since + LLMPAR__NCCL_GONE; i = world->slot[i].next) {
             const llmpar__nccl_slot *slot = &world->slot[i];
             for (int32_t m = 0; m < context->members; m++) {
                 if (slot->first.from >= 0 && m != slot->first.from && m != slot->first.to) continue;
@@ -1857,6 +1887,7 @@ static void llmpar__nccl_hub_returned(llmpar__nccl_world *world, double now)
                 return;
             }
         }
+    }
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)
@@ -2148,7 +2179,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_watch_begin(llmpar__nccl_world *w
 {
     world->last_look = world->last_beat = world->seen_at = llmpar__nccl_now();
     int failed = pthread_create(&world->helper, NULL, llmpar__nccl_help, world);
-    if (failed) return llmpar_error_set(world->error, LLMPAR_ERR_INTERNAL, "nccl: the helper thread could not be started (system error %d)", failed);
+    if (failed) return llmpar_error_set(world->error, LLMPAR_ERR_INTERNAL, "nccl: the helper thread could not be started: %s", strerror(failed));
     world->helping = 1;
     return LLMPAR_OK;
 }
@@ -2756,8 +2787,10 @@ static llmpar_status llmpar__nccl_furnish(llmpar__nccl_world *world)
     int there = 1;
     world->peer = (llmpar__nccl_peer *)llmpar_heap_zalloc(world->heap, links, sizeof *world->peer);
     world->group_member = (int32_t *)llmpar_heap_zalloc(world->heap, n, sizeof *world->group_member);
+    world->polled = (struct pollfd *)llmpar_heap_zalloc(world->heap, 1 + links, sizeof *world->polled);
+    world->polled_peer = (int32_t *)llmpar_heap_zalloc(world->heap, 1 + links, sizeof *world->polled_peer);
     for (size_t i = 0; world->peer && i < links; i++) world->peer[i].link.fd = -1; /* 0 is somebody's */
-    if (!world->peer || !world->group_member) return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for %d ranks", (int)world->ranks);
+    if (!world->peer || !world->group_member || !world->polled || !world->polled_peer) return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for %d ranks", (int)world->ranks);
     for (size_t i = 0; i < links; i++) {
         world->peer[i].position.rank = (int32_t)i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
@@ -2772,7 +2805,7 @@ static llmpar_status llmpar__nccl_furnish(llmpar__nccl_world *world)
     }
     if (!there)
         return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the connections of %d ranks", (int)world->ranks);
-    if (!llmpar__nccl_pipe(world->pipe)) return llmpar_error_set(world->error, LLMPAR_ERR_IO, "nccl: the system gives no pipe");
+    if (!llmpar__nccl_pipe(world->pipe)) return llmpar_error_set(world->error, LLMPAR_ERR_IO, "nccl: the system gives no pipe: %s", strerror(errno));
     return LLMPAR_OK;
 }
 
@@ -2831,6 +2864,8 @@ static void llmpar__nccl_world_free(llmpar__nccl_world *world)
     llmpar__nccl_hub_free(world);
     if (world->owns_record) llmpar_record_destroy(world->record);
     llmpar_heap_free(heap, world->peer);
+    llmpar_heap_free(heap, world->polled);
+    llmpar_heap_free(heap, world->polled_peer);
     llmpar_heap_free(heap, world->group_member);
     pthread_cond_destroy(&world->wake);
     pthread_mutex_destroy(&world->lock);

@@ -414,7 +414,7 @@ static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead 
     return ahead->rows > 0;
 }
 
-/* `count` rows of B from `at` on, or columns of a TN product's A, for they are packed a bundle at a time. */
+/* `count` rows of B from `at` on, or columns of a TN product's A. */
 static void llmpar__gemm_ask(const llmpar__gemm_run *run, int of_a, int64_t at, int64_t count, llmpar__gemm_ahead *ahead)
 {
     const llmpar_gemm_segment *segment;
@@ -535,7 +535,7 @@ static void llmpar__gemm_block(void *arg, int64_t task, int32_t worker)
     }
 }
 
-/* The workspace; and how it is done, unless gemm_thin takes it. */
+/* The workspace, and how, unless gemm_thin takes it. */
 static size_t llmpar__gemm_need(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
     if (llmpar__gemm_thin_takes(cpu, args)) return llmpar__gemm_thin_workspace(cpu, args);

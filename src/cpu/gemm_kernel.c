@@ -106,7 +106,7 @@ LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const void *in, int6
 static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_pack_panels(const llmpar__gemm_packing *packing, const int width)
 {
     const float *in = (const float *)packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i, row;
     int r;
     if (full > packing->panels) full = packing->panels;
     if (packing->transposed) {
@@ -114,14 +114,12 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     } else {
         const int rows = width < 16 ? 4 : 1; /* whole rows at a time, which memory likes, and whole lines: of panels that are multiples of 4 KB apart L1 holds few */
         for (i = 0; i < k; i += rows)
-            for (panel = 0; panel < full; panel++) {
-                const float *from = in + i * ld + panel * width;
-                int64_t row, left = k - i < rows ? k - i : rows;
-                for (row = 0; row < left; row++, from += ld) {
+            for (panel = 0; panel < full; panel++)
+                for (row = i; row < k && row < i + rows; row++) {
+                    const float *from = in + row * ld + panel * width;
                     for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
-                    llmpar__gemm_copy(from, packing->out + panel * distance + (i + row) * width, width);
+                    llmpar__gemm_copy(from, packing->out + panel * distance + row * width, width);
                 }
-            }
     }
     if (full < packing->panels) {
         int64_t valid = packing->valid - full * width;
@@ -179,7 +177,7 @@ static inline __attribute__((always_inline)) __attribute__((target("avx2"))) voi
         float *out = packing->out + panel * packing->distance;
         int64_t valid = packing->valid - panel * width;
         i = 0;
-        if (valid >= width && packing->transposed && width % 16 == 0) /* lines further on go to L2, for of those 4 KB apart L1 holds eight */
+        if (valid >= width && packing->transposed && width % 16 == 0) /* lines further on go to L2, which holds more */
             for (r = 0; r < width; r += 16)
                 for (i = 0; i + 16 <= pairs; i += 16) {
                     const uint16_t *at = rows + r * ld + 2 * i;

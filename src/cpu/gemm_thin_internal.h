@@ -33,7 +33,7 @@ static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
 
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
-/* out[16 words][16 rows], words `step` floats apart, = in[16 rows][16 words], rows ld bytes apart; out: 64-byte aligned, step: whole lines. */
+/* out[16 words][16 rows], words `step` floats apart, = in[16 rows][16 words], rows ld bytes apart; out and step: whole lines. */
 LLMPAR__PRIVATE void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step);
 #endif
 

@@ -161,20 +161,20 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_e
     llmpar_heap *heap = cpu->heap;
     int32_t threads = cpu->threads;
     struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
+    llmpar__pool_worker *workers = pool ? (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *workers) : NULL;
     pthread_attr_t attributes;
     char base[16], suffix[16];
     int32_t i;
     int failed = 0;
     *out = NULL;
-    if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
-    pool->cpu = cpu;
-    pool->spins = cpu->crowded ? LLMPAR__POOL_CROWDED_SPINS : LLMPAR__POOL_SPINS;
-    pool->threads = threads;
-    pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
-    if (!pool->workers) {
+    if (!workers) {
         llmpar_heap_free(heap, pool);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
     }
+    pool->cpu = cpu;
+    pool->spins = cpu->crowded ? LLMPAR__POOL_CROWDED_SPINS : LLMPAR__POOL_SPINS;
+    pool->threads = threads;
+    pool->workers = workers;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->start, NULL);
     pthread_cond_init(&pool->done, NULL);
@@ -192,9 +192,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_e
     }
     pthread_attr_destroy(&attributes);
     if (failed) {
-        int32_t started = pool->started;
+        llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d: %s", (int)(pool->started + 1), (int)(threads - 1), strerror(failed));
         llmpar__pool_destroy(pool);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d: %s", (int)(started + 1), (int)(threads - 1), strerror(failed));
+        return LLMPAR_ERR_MEMORY;
     }
     *out = pool;
     return LLMPAR_OK;
