@@ -442,7 +442,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
 {
     llmpar__session g;
-    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(model && fsdp, NULL);
     if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, count, &g);
@@ -544,7 +544,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
     llmpar__session g;
     *count = 0;
-    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(model && fsdp, NULL);
     const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
     int32_t tokens = desc->tokens ? desc->tokens : 128;

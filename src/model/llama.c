@@ -98,6 +98,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_
 LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
 {
     *out = NULL;
+    LLMPAR__NEED(ctx, NULL);
     if (!desc || !desc->preset == !desc->config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "llama: expected exactly one of preset and config");
     llmpar_llama_config config;
     llmpar_error error;
@@ -139,6 +140,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
 
 LLMPAR_DEF llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out)
 {
+    LLMPAR__NEED(ctx && model, NULL);
     llmpar_llama_desc desc;
     memset(&desc, 0, sizeof desc);
     desc.config = &model->config;
@@ -166,14 +168,14 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
     llmpar_heap_free(heap, model);
 }
 
-LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return &model->config; }
-LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model->seed; }
-LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return &model->tp; }
+LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return model ? &model->config : NULL; }
+LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model ? model->seed : 0; }
+LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return model ? &model->tp : NULL; }
 
 LLMPAR_DEF llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count)
 {
-    if (count) *count = model->unit_count;
-    return model->units;
+    if (count) *count = model ? model->unit_count : 0;
+    return model ? model->units : NULL;
 }
 
 /* ---- meeting a mesh ---- */
@@ -287,6 +289,7 @@ static llmpar_status llmpar__llama_again(const llmpar_llama *model, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
 {
+    LLMPAR__NEED(model && tp, NULL);
     const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: no desc of what it is applied to");
     if (model->applied) return llmpar__llama_again(model, tp, desc);

@@ -332,6 +332,7 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
 {
+    LLMPAR__NEED(c, NULL);
     if (!c->busy) return LLMPAR_OK;
     if (!wait) {
         int64_t unfinished = !__atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
@@ -357,6 +358,7 @@ static void llmpar__checkpoint_fill(llmpar_checkpoint *c, const llmpar_checkpoin
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
 {
+    LLMPAR__NEED(c && info, NULL);
     llmpar_status status = llmpar_checkpoint_poll(c, 1);
     if (status) return status;
     llmpar_error_clear(&c->error);
@@ -371,6 +373,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmp
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_optim *optim, const llmpar_checkpoint_desc *desc, llmpar_checkpoint **out)
 {
+    LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     *out = NULL;
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no desc");

@@ -166,8 +166,7 @@ static llmpar_status llmpar__load_check(llmpar__load *load)
     if (!status) status = llmpar__load_match(load);
     if (!status && ctx->rank == 0) {
         int number;
-        do number = io->list(io->user, load->path, llmpar__load_known, load);
-        while (number == EINTR);
+        LLMPAR__AGAIN(number, io->list(io->user, load->path, llmpar__load_known, load));
         if (number) status = number < 0 ? LLMPAR_ERR_FORMAT : llmpar_error_set(&load->error, LLMPAR_ERR_IO, "%s: cannot list it: %s", load->path, strerror(number));
     }
     for (int32_t f = ctx->rank; f < load->manifest.files && !status; f += ctx->world) status = llmpar__load_verify(load, f, load->piece);
@@ -318,6 +317,7 @@ static llmpar_status llmpar__load_numbers(llmpar__load *load)
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim *optim, const char *path, llmpar_checkpoint_accept accept, void *user, llmpar_checkpoint_info *info)
 {
+    LLMPAR__NEED(fsdp && path, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar_error error;
     llmpar_error_clear(&error);
@@ -352,6 +352,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *directory, int64_t below, int64_t *step)
 {
+    LLMPAR__NEED(ctx && directory, NULL);
     llmpar_error error;
     llmpar_error_clear(&error);
     *step = -1;

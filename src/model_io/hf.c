@@ -16,6 +16,7 @@ static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, cons
 
 LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
 {
+    LLMPAR__NEED(ctx, NULL);
     llmpar_error error;
     llmpar_error_clear(&error);
     if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory");
@@ -214,6 +215,7 @@ static llmpar_status llmpar__hf_load_unit(const llmpar__hf_load *load, int32_t u
 
 LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
 {
+    LLMPAR__NEED(fsdp, NULL);
     llmpar__hf_load load;
     int32_t matched = 0;
     llmpar_error error;
@@ -336,6 +338,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
 {
+    LLMPAR__NEED(fsdp, NULL);
     return llmpar__hf_open(fsdp, path, units, count, NULL, NULL, out);
 }
 
@@ -363,6 +366,7 @@ static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, int64_t count)
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard)
 {
+    LLMPAR__NEED(file, NULL);
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
     if (file->next >= file->count || unit != file->units[file->next])
@@ -383,6 +387,7 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
 {
+    LLMPAR__NEED(file, NULL);
     llmpar_ctx *ctx = file->ctx;
     llmpar_error error;
     llmpar_status status = LLMPAR_OK;
@@ -414,6 +419,7 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
 
 LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc)
 {
+    LLMPAR__NEED(fsdp && config, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar_tensor_file *file = NULL;
     llmpar_status status = llmpar__hf_open(fsdp, directory, NULL, 0, config, desc, &file);

@@ -92,6 +92,7 @@ static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error)
 {
+    LLMPAR__NEED(d && mesh && config, error);
     if (d->grad_accum == 0) d->grad_accum = 1;
     if (d->batch == 0 && d->grad_accum > 0) d->batch = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->exact == LLMPAR_EXACT_DEFAULT) d->exact = LLMPAR_EXACT_ON;
@@ -355,9 +356,9 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
 
 LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t ? t->steps : 0; }
 LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t ? t->fsdp : NULL; }
-LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
-LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
-LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
+LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t ? t->train : NULL; }
+LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t && t->desc.data ? &t->data : NULL; }
+LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return t ? llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_load(t->fsdp, directory) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL) : LLMPAR_ERR_ARGUMENT; }

@@ -213,7 +213,7 @@ LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *mod
     llmpar_error wrong;
     llmpar_error_clear(&wrong);
     memset(out, 0, sizeof *out);
-    if (!mesh || !model) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(mesh && model, NULL);
     if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "plan: no desc");
     llmpar_trainer_desc resolved = *desc;
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &wrong);

@@ -79,7 +79,7 @@ static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
 {
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->train || !path) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", path ? "made without data, it cannot step" : "no path for gradients");
     llmpar_heap_free(&t->ctx->heap, t->gradients);
     t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
@@ -111,7 +111,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     llmpar_run run;
     memset(&step, 0, sizeof step);
     memset(&run, 0, sizeof run);
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
     if (status) return status;
@@ -189,7 +189,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
     llmpar_error error;
     llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
     if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->ctx->io, t->desc.trace, &t->trace_file, &error);
     if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
@@ -205,7 +205,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
 LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
 {
     *loss = 0;
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->desc.data || !t->data.eval_windows) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no held-out sequences to evaluate on");
     int64_t limit = max_sequences > 0 && max_sequences < t->data.eval_windows ? max_sequences : t->data.eval_windows, tokens = 0;
     double sum = 0;

@@ -41,7 +41,7 @@ static llmpar_status llmpar__resume_report(llmpar_trainer *t, const llmpar_error
 LLMPAR_DEF llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *t)
 {
     llmpar_checkpoint_info info;
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     llmpar_error earlier = t->ctx->error;
     if (!t->checkpoint) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no directory of checkpoints was given");
     llmpar__trainer_forget(&t->ctx->error);

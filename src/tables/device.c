@@ -87,6 +87,7 @@ LLMPAR_DEF llmpar_status llmpar_order_wait(llmpar_order *order) { return order->
 
 LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
 {
+    if (!order) return;
     if (order->event) order->device->event_destroy(order->device, order->event);
     order->device = NULL;
     order->event = NULL;

@@ -29,6 +29,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int3
 
 LLMPAR_DEF void llmpar_tp_destroy(llmpar_tp *tp)
 {
+    if (!tp) return;
     llmpar_comm_destroy(tp->kv);
     tp->kv = NULL;
 }
