@@ -270,12 +270,10 @@ static llmpar_status llmpar__st_header_length(const llmpar__st_file *s, const un
 
 static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, size_t length, size_t data_bytes, llmpar_error *error)
 {
-    llmpar__st_reader r;
-    llmpar_json_desc desc;
     llmpar_json *root = NULL;
     char name[256];
-    memset(&r, 0, sizeof r);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar__st_reader, r);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     if (length == 0 || header[0] != '{')
         return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header does not begin with '{' (file byte 8)", s->path);
     snprintf(name, sizeof name, "%.200s: header", s->path);

@@ -474,11 +474,10 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
 {
-    llmpar_json_desc desc;
     llmpar_json *root = NULL;
     memset(out, 0, sizeof *out);
     LLMPAR__NEED(heap && text, error);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     desc.name = name ? name : "config.json";
     desc.unique_keys = 1;
     llmpar_status status = llmpar_json_parse(heap, text, length, &desc, &root, error);

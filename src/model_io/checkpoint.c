@@ -112,9 +112,8 @@ LLMPAR__PRIVATE_DEF char *llmpar__array_memory(const llmpar_fsdp *fsdp, const ll
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag)
 {
-    llmpar_error shared;
     int64_t worst = status ? ctx->world - ctx->rank : 0;
-    memset(&shared, 0, sizeof shared);
+    LLMPAR__ZEROED(llmpar_error, shared);
     llmpar_status talk = llmpar__comm_largest(ctx->comm, &worst, 1, tag);
     if (talk) return status ? status : talk;
     if (!worst) return LLMPAR_OK;
@@ -345,8 +344,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
 static void llmpar__checkpoint_fill(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
 {
     const llmpar_mesh *mesh = llmpar_fsdp_mesh(c->fsdp);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
+    LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_policy(c->fsdp, &policy);
     c->info = *info;
     c->info.updates = c->optim ? llmpar_optim_steps(c->optim) : 0;

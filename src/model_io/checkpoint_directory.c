@@ -78,8 +78,7 @@ static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*e
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error)
 {
-    llmpar__directory_scan scan;
-    memset(&scan, 0, sizeof scan);
+    LLMPAR__ZEROED(llmpar__directory_scan, scan);
     scan.below = below;
     scan.newest = -1;
     io = io ? io : llmpar_io_system();
@@ -90,8 +89,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_find(const llmpar_io *io, c
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error)
 {
-    llmpar__directory_scan scan;
-    memset(&scan, 0, sizeof scan);
+    LLMPAR__ZEROED(llmpar__directory_scan, scan);
     scan.io = io = io ? io : llmpar_io_system();
     scan.directory = path;
     int number;
@@ -183,8 +181,7 @@ static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *d
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error)
 {
     char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
-    llmpar_error why;
-    llmpar_error_clear(&why);
+    LLMPAR__NO_ERROR(why);
     io = io ? io : llmpar_io_system();
     snprintf(to, sizeof to, "%s/step-%lld", directory, (long long)step);
     snprintf(from, sizeof from, "%s/step-%lld.tmp", directory, (long long)step);

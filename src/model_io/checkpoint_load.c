@@ -319,8 +319,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 {
     LLMPAR__NEED(fsdp && path, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     memset(info, 0, sizeof *info);
     llmpar__load *load = (llmpar__load *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *load);
     void *buffer = NULL;
@@ -353,8 +352,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *directory, int64_t below, int64_t *step)
 {
     LLMPAR__NEED(ctx && directory, NULL);
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     *step = -1;
     llmpar_status status = ctx->rank ? LLMPAR_OK : llmpar__checkpoint_find(ctx->io, directory, below, step, &error);
     status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoints listed");

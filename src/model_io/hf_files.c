@@ -52,8 +52,7 @@ static llmpar_status llmpar__hf_index_entry(llmpar_hf_index *index, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_hf_index *out, llmpar_error *error)
 {
-    llmpar_json_desc desc;
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     memset(out, 0, sizeof *out);
     LLMPAR__NEED(heap && text && name, error);
     out->total_size = -1;
@@ -140,10 +139,9 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
 
 static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar_io *io, const char *directory, llmpar_error *error)
 {
-    llmpar_hf_index index;
     char *text = NULL;
     size_t bytes = 0;
-    memset(&index, 0, sizeof index);
+    LLMPAR__ZEROED(llmpar_hf_index, index);
     llmpar_status status = llmpar_file_load(files->heap, io, files->path, LLMPAR__HF_MAX_INDEX, &text, &bytes, error);
     if (!status) status = llmpar_hf_index_parse(files->heap, text, bytes, files->path, &index, error);
     llmpar_heap_free(files->heap, text);

@@ -107,10 +107,8 @@ static void llmpar__trainer_rates(const llmpar_trainer *t, llmpar_step *out)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out)
 {
-    llmpar_step step;
-    llmpar_run run;
-    memset(&step, 0, sizeof step);
-    memset(&run, 0, sizeof run);
+    LLMPAR__ZEROED(llmpar_step, step);
+    LLMPAR__ZEROED(llmpar_run, run);
     LLMPAR__NEED(t, NULL);
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
@@ -153,8 +151,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         t->gradient_file = NULL;
     }
     if (!status && t->desc.dtype == LLMPAR_F16 && !t->count_only) {
-        llmpar_error why;
-        llmpar_error_clear(&why);
+        LLMPAR__NO_ERROR(why);
         status = llmpar_loss_scale_update(&t->scale, run.found_inf, &why);
         if (status) llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, why.text);
     }
@@ -178,17 +175,15 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
 static llmpar_status llmpar__trainer_trace_text(void *user, const char *text, size_t bytes)
 {
     llmpar_trainer *t = (llmpar_trainer *)user;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_writer_write(t->trace_file, text, bytes, &error);
     return status ? llmpar_fail(t->ctx, status, "%s", error.text) : LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
 {
-    llmpar_error error;
     llmpar_status status = LLMPAR_OK;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     LLMPAR__NEED(t, NULL);
     if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
     if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->ctx->io, t->desc.trace, &t->trace_file, &error);
@@ -212,8 +207,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
     llmpar_status status = LLMPAR_OK;
     /* Groups as large as a training batch; the last one is filled up with sequences that do not count. */
     for (int64_t first = 0; first < limit && !status; first += t->desc.batch) {
-        llmpar_run run;
-        memset(&run, 0, sizeof run);
+        LLMPAR__ZEROED(llmpar_run, run);
         status = llmpar__trainer_tokens(t, first, 1, limit, &run.tokens);
         run.micro = t->micro;
         if (!status) status = llmpar_fsdp_run(t->fsdp, t->eval->list, t->eval->count, &run);

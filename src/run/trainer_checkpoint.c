@@ -171,8 +171,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
     if (status) return status;
     if (resume && !strcmp(resume, "auto")) return llmpar__resume_auto(t);
     if (resume) {
-        llmpar_error error;
-        llmpar_error_clear(&error);
+        LLMPAR__NO_ERROR(error);
         if (llmpar__checkpoint_step(resume) >= 0 && t->desc.checkpoint) status = llmpar__checkpoint_path(path, &error, "%s/%s", t->desc.checkpoint, resume);
         else status = llmpar__resume_named(t, resume, path, &error);
         status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoint named");
