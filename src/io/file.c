@@ -31,14 +31,14 @@ static const char *llmpar__file_kind_name(llmpar_io_kind kind)
 static int llmpar__file_begin(const llmpar_io *io, const char *path, llmpar_io_mode mode, int *handle)
 {
     int number;
-    LLMPAR__AGAIN(number, io->open(io->user, path, mode, handle));
+    LLMPAR__AGAIN(open, path, mode, handle);
     return number;
 }
 
 static int llmpar__file_sync(const llmpar_io *io, int handle)
 {
     int number;
-    LLMPAR__AGAIN(number, io->sync(io->user, handle));
+    LLMPAR__AGAIN(sync, handle);
     return number;
 }
 
@@ -55,7 +55,7 @@ LLMPAR_DEF llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path
     uint64_t bytes;
     int number = EINVAL;
     io = llmpar__file_io(io);
-    if (path) LLMPAR__AGAIN(number, io->look(io->user, path, &kind, &bytes));
+    if (path) LLMPAR__AGAIN(look, path, &kind, &bytes);
     return number ? LLMPAR_IO_NONE : kind;
 }
 
@@ -74,7 +74,7 @@ LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path,
     LLMPAR__NEED(path, error);
     out->io = io = llmpar__file_io(io);
     out->path = path;
-    LLMPAR__AGAIN(number, io->look(io->user, path, &kind, &bytes));
+    LLMPAR__AGAIN(look, path, &kind, &bytes);
     if (number || kind == LLMPAR_IO_NONE) return llmpar__file_error(error, path, "cannot open", number ? number : ENOENT);
     if (kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got a %s", path, llmpar__file_kind_name(kind));
     number = llmpar__file_begin(io, path, LLMPAR_IO_READ, &out->handle);
@@ -298,7 +298,7 @@ LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *fro
     int number;
     LLMPAR__NEED(from && to, error);
     io = llmpar__file_io(io);
-    LLMPAR__AGAIN(number, io->rename(io->user, from, to));
+    LLMPAR__AGAIN(rename, from, to);
     return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
 }
 
@@ -307,7 +307,7 @@ LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *pat
     int number;
     LLMPAR__NEED(path, error);
     io = llmpar__file_io(io);
-    LLMPAR__AGAIN(number, io->remove(io->user, path));
+    LLMPAR__AGAIN(remove, path);
     return number && number != ENOENT ? llmpar__file_error(error, path, "cannot remove", number) : LLMPAR_OK;
 }
 
@@ -316,7 +316,7 @@ LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *
     int number;
     LLMPAR__NEED(path && entry, error);
     io = llmpar__file_io(io);
-    LLMPAR__AGAIN(number, io->list(io->user, path, entry, user));
+    LLMPAR__AGAIN(list, path, entry, user);
     return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
 }
 
@@ -379,14 +379,14 @@ LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char
     int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
     if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
     io = llmpar__file_io(io);
-    LLMPAR__AGAIN(number, io->make_directory(io->user, path));
+    LLMPAR__AGAIN(make_directory, path);
     if (number && number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
     if (number && llmpar_file_kind(io, path) != LLMPAR_IO_FOLDER) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
     /* access() answers yes to root on read-only media: only a file that was really made proves it. */
     number = llmpar__file_begin(io, probe, LLMPAR_IO_WRITE, &handle);
     if (number) return llmpar__file_error(error, path, "cannot write in the directory", number);
     llmpar__file_end(io, handle);
-    LLMPAR__AGAIN(number, io->remove(io->user, probe));
+    LLMPAR__AGAIN(remove, probe);
     return number ? llmpar__file_error(error, probe, "cannot remove", number) : LLMPAR_OK;
 }
 

@@ -59,6 +59,6 @@ LLMPAR_API llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path
 LLMPAR_API int llmpar_is_directory(const char *path);
 LLMPAR_API int llmpar_is_file(const char *path);
 
-#define LLMPAR__AGAIN(number, call) do number = call; while (number == EINTR)
+#define LLMPAR__AGAIN(call, ...) do number = io->call(io->user, __VA_ARGS__); while (number == EINTR)
 
 #endif

@@ -46,7 +46,7 @@ typedef struct llmpar__directory_scan {
 static int llmpar__directory_unlink(const llmpar_io *io, const char *path)
 {
     int number;
-    LLMPAR__AGAIN(number, io->remove(io->user, path));
+    LLMPAR__AGAIN(remove, path);
     return number;
 }
 
@@ -72,7 +72,7 @@ static int llmpar__directory_sweep(void *user, const char *name)
 static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), llmpar__directory_scan *scan)
 {
     int number;
-    LLMPAR__AGAIN(number, io->list(io->user, path, entry, scan));
+    LLMPAR__AGAIN(list, path, entry, scan);
     return number;
 }
 
@@ -129,7 +129,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
     }
     while (!status) {
         left.name[0] = 0;
-        LLMPAR__AGAIN(number, io->list(io->user, directory, llmpar__directory_leftover, &left));
+        LLMPAR__AGAIN(list, directory, llmpar__directory_leftover, &left);
         if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
         if (!left.name[0]) break;
         snprintf(path, sizeof path, "%s/%s.tmp", directory, left.name);
@@ -140,7 +140,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
         status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: it is there already, and nothing is overwritten: expected a directory of this run alone, or a resume from its newest step", path);
     if (status) return status;
     snprintf(path, sizeof path, "%s/step-%lld.tmp", directory, (long long)step);
-    LLMPAR__AGAIN(number, io->make_directory(io->user, path));
+    LLMPAR__AGAIN(make_directory, path);
     return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
 }
 

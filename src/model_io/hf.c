@@ -412,8 +412,9 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
 
 LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc)
 {
-    LLMPAR__NEED(fsdp && config, NULL);
+    LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    if (!config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no config");
     llmpar_tensor_file *file = NULL;
     llmpar_status status = llmpar__hf_open(fsdp, directory, NULL, 0, config, desc, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {

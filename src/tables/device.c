@@ -101,8 +101,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_done(llmpar_device *device, llm
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
 {
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_cast_args, args);
     args.count = count;
     args.in = in;
     args.in_dtype = from;
