@@ -46,6 +46,9 @@ DO THIS
     The ranks are threads of your process, or processes of mpirun (LLMPAR_USE_MPI below). Every call that takes a ctx, or an object made from one, is collective -
     all ranks make it, in the same order - unless its comment says local.
 
+    NULL for an object, desc or path, where no comment allows it, is refused in the chapters io to run: LLMPAR_ERR_ARGUMENT, or 0
+    or NULL from what has no status. What destroys, closes or frees takes NULL. The chapters below, and void functions, do not look.
+
 OPTIONS (define before the #include; where not said otherwise, in the file with LLMPAR_IMPLEMENTATION)
 
     LLMPAR_IMPLEMENTATION   this file gets the functions

@@ -31,7 +31,6 @@ LLMPAR_API void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
 LLMPAR_API void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size);
 /* A copy of a zero-terminated string, or NULL. */
 LLMPAR_API char *llmpar_heap_strdup(llmpar_heap *heap, const char *text);
-/* memory may be NULL. */
 LLMPAR_API void llmpar_heap_free(llmpar_heap *heap, void *memory);
 
 #endif

@@ -504,12 +504,11 @@ static size_t llmpar__json_count(const char *text, size_t length)
 
 LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
 {
-    llmpar__json_parser p;
     llmpar_error own; /* the status must be known where the caller wants no text */
     size_t bytes = 0;
     *out = NULL;
     llmpar_error_clear(&own);
-    memset(&p, 0, sizeof p);
+    LLMPAR__ZEROED(llmpar__json_parser, p);
     p.heap = heap;
     p.text = text;
     p.length = length;

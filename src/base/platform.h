@@ -66,6 +66,8 @@
 #define LLMPAR_DEF
 #endif
 
+/* A variable with its empty value. */
+#define LLMPAR__ZEROED(type, name) type name; memset(&name, 0, sizeof name)
 #define LLMPAR_RESTRICT __restrict
 #define LLMPAR_PRINTF(format_index, first) __attribute__((format(printf, format_index, first)))
 

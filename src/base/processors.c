@@ -109,8 +109,7 @@ LLMPAR__PRIVATE_DEF int llmpar__processors_stay(const llmpar__processors *set)
 
 LLMPAR__PRIVATE_DEF int llmpar__processors_stay_on(int32_t processor)
 {
-    llmpar__processors one;
-    memset(&one, 0, sizeof one);
+    LLMPAR__ZEROED(llmpar__processors, one);
     one.mask[processor / 64] = (uint64_t)1 << (processor % 64);
     one.count = 1;
     return llmpar__processors_stay(&one);

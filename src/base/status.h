@@ -47,6 +47,10 @@ LLMPAR_API const char *llmpar_status_string(llmpar_status status);
    Text longer than the buffer is cut and ends in "...". Not thread-safe for one *error. */
 LLMPAR_API llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...) LLMPAR_PRINTF(3, 4);
 
+#define LLMPAR__NO_ERROR(name) llmpar_error name; llmpar_error_clear(&name)
+/* A NULL where the manual refuses it. */
+#define LLMPAR__NEED(what, error) if (!(what)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: NULL, expected " #what, __func__)
+
 /* Back to "no error" (status OK, rank -1, empty texts). */
 LLMPAR_API void llmpar_error_clear(llmpar_error *error);
 

@@ -18,7 +18,7 @@ typedef struct llmpar_threads_desc {
 
 /* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */
 LLMPAR_API llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const llmpar_threads_desc *desc, llmpar_threads_world **out, llmpar_error *error);
-LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* NULL is fine; after all rank threads ended */
+LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* after all rank threads ended */
 /* The first failure of any rank (root cause, never LLMPAR_ERR_PEER), status OK if none. */
 LLMPAR_API void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_error *out);
 /* The world communicator of one rank; called once by each rank thread. The rank's memory comes from its own heap; device and error are the rank's. Local. */

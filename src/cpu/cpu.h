@@ -26,6 +26,6 @@ typedef struct llmpar_cpu_desc {
 /* heap and error are borrowed and belong to the rank. LLMPAR_ERR_UNSUPPORTED if the processor lacks the level. Worker threads are named as the caller's thread with "w1" .. appended.
    Sets flush-to-zero state off on the workers. Local. */
 LLMPAR_API llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out);
-LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* NULL is fine; waits for streams with threads, joins these and the workers */
+LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* waits for streams with threads, joins these and the workers */
 
 #endif

@@ -94,7 +94,7 @@ typedef struct llmpar_run {
 
 /* Allocates the shards (initialised by seed and name; no rank ever holds a whole tensor) and streams. Borrows mesh; copies units' names and params; borrows their callbacks. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out);
-LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local */
+LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* local */
 /* Runs a list over this step's data. The list must be valid (llmpar_schedule_validate) and the same on all ranks. LLMPAR_ERR_NONFINITE when loss or norm is not finite: names the first non-finite tensor,
    and parameters are unchanged, except in UPDATE_INSIDE, where updates have begun by then. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);

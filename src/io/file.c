@@ -31,16 +31,14 @@ static const char *llmpar__file_kind_name(llmpar_io_kind kind)
 static int llmpar__file_begin(const llmpar_io *io, const char *path, llmpar_io_mode mode, int *handle)
 {
     int number;
-    do number = io->open(io->user, path, mode, handle);
-    while (number == EINTR);
+    LLMPAR__AGAIN(open, path, mode, handle);
     return number;
 }
 
 static int llmpar__file_sync(const llmpar_io *io, int handle)
 {
     int number;
-    do number = io->sync(io->user, handle);
-    while (number == EINTR);
+    LLMPAR__AGAIN(sync, handle);
     return number;
 }
 
@@ -55,10 +53,9 @@ LLMPAR_DEF llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path
 {
     llmpar_io_kind kind = LLMPAR_IO_NONE;
     uint64_t bytes;
-    int number;
+    int number = EINVAL;
     io = llmpar__file_io(io);
-    do number = io->look(io->user, path, &kind, &bytes);
-    while (number == EINTR);
+    if (path) LLMPAR__AGAIN(look, path, &kind, &bytes);
     return number ? LLMPAR_IO_NONE : kind;
 }
 
@@ -74,10 +71,10 @@ LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path,
     int number;
     memset(out, 0, sizeof *out);
     out->handle = -1;
+    LLMPAR__NEED(path, error);
     out->io = io = llmpar__file_io(io);
     out->path = path;
-    do number = io->look(io->user, path, &kind, &bytes);
-    while (number == EINTR);
+    LLMPAR__AGAIN(look, path, &kind, &bytes);
     if (number || kind == LLMPAR_IO_NONE) return llmpar__file_error(error, path, "cannot open", number ? number : ENOENT);
     if (kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got a %s", path, llmpar__file_kind_name(kind));
     number = llmpar__file_begin(io, path, LLMPAR_IO_READ, &out->handle);
@@ -92,6 +89,7 @@ LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path,
 LLMPAR_DEF llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, void *data, size_t bytes, llmpar_error *error)
 {
     unsigned char *to = (unsigned char *)data;
+    LLMPAR__NEED(file, error);
     while (bytes > 0) {
         size_t got = 0;
         int number = file->io->read(file->io->user, file->handle, to, bytes, offset, &got);
@@ -108,6 +106,7 @@ LLMPAR_DEF llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, vo
 
 LLMPAR_DEF void llmpar_file_close(llmpar_file *file)
 {
+    if (!file) return;
     if (file->handle >= 0) llmpar__file_end(file->io, file->handle); /* nothing was written: what close says changes nothing */
     file->handle = -1;
 }
@@ -117,6 +116,7 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
     llmpar_file file;
     *text = NULL;
     *bytes = 0;
+    LLMPAR__NEED(heap && path, error);
     llmpar_status status = llmpar_file_open(io, path, &file, error);
     if (status) return status;
     if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
@@ -141,6 +141,7 @@ LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, l
     struct stat s;
     int fd, number;
     memset(out, 0, sizeof *out);
+    LLMPAR__NEED(path, error);
     /* O_NONBLOCK: a fifo without a writer is refused below instead of waited for; a regular file ignores it. */
     fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) return llmpar__file_error(error, path, "cannot open", errno);
@@ -205,9 +206,10 @@ static void llmpar__writer_destroy(llmpar_writer *writer)
 LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_writer **out, llmpar_error *error)
 {
     llmpar_writer *writer;
-    size_t length = strlen(path);
     llmpar_io_kind kind = llmpar_file_kind(io, path);
     *out = NULL;
+    LLMPAR__NEED(heap && path, error);
+    size_t length = strlen(path);
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
     writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
@@ -261,6 +263,7 @@ static llmpar_status llmpar__writer_flush(llmpar_writer *writer, llmpar_error *e
 
 LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     if (writer->failed) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     if (bytes == 0) return LLMPAR_OK;
     llmpar_xxh64_add(&writer->sum, data, bytes);
@@ -280,6 +283,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
 LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int handle, number;
+    LLMPAR__NEED(path, error);
     io = llmpar__file_io(io);
     number = llmpar__file_begin(io, path, LLMPAR_IO_DIRECTORY, &handle);
     /* A directory may be writable and not readable; then its entries stand without a sync. */
@@ -292,27 +296,27 @@ LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *
 LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error)
 {
     int number;
+    LLMPAR__NEED(from && to, error);
     io = llmpar__file_io(io);
-    do number = io->rename(io->user, from, to);
-    while (number == EINTR);
+    LLMPAR__AGAIN(rename, from, to);
     return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int number;
+    LLMPAR__NEED(path, error);
     io = llmpar__file_io(io);
-    do number = io->remove(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(remove, path);
     return number && number != ENOENT ? llmpar__file_error(error, path, "cannot remove", number) : LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error)
 {
     int number;
+    LLMPAR__NEED(path && entry, error);
     io = llmpar__file_io(io);
-    do number = io->list(io->user, path, entry, user);
-    while (number == EINTR);
+    LLMPAR__AGAIN(list, path, entry, user);
     return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
 }
 
@@ -331,6 +335,7 @@ static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io
 LLMPAR_DEF llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_error *error)
 {
     llmpar_status status;
+    LLMPAR__NEED(writer, error);
     int handle = writer->handle, number = 0;
     if (writer->failed) status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     else status = llmpar__writer_flush(writer, error);
@@ -353,6 +358,7 @@ LLMPAR_DEF void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, 
 
 LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     llmpar_status status = llmpar_writer_settle(writer, error);
     if (!status) status = llmpar__file_sync_parent(writer->heap, writer->io, writer->path, error);
     llmpar__writer_destroy(writer);
@@ -369,19 +375,18 @@ LLMPAR_DEF void llmpar_writer_abandon(llmpar_writer *writer)
 LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     char probe[4096];
+    LLMPAR__NEED(path, error);
     int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
     if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
     io = llmpar__file_io(io);
-    do number = io->make_directory(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(make_directory, path);
     if (number && number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
     if (number && llmpar_file_kind(io, path) != LLMPAR_IO_FOLDER) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
     /* access() answers yes to root on read-only media: only a file that was really made proves it. */
     number = llmpar__file_begin(io, probe, LLMPAR_IO_WRITE, &handle);
     if (number) return llmpar__file_error(error, path, "cannot write in the directory", number);
     llmpar__file_end(io, handle);
-    do number = io->remove(io->user, probe);
-    while (number == EINTR);
+    LLMPAR__AGAIN(remove, probe);
     return number ? llmpar__file_error(error, probe, "cannot remove", number) : LLMPAR_OK;
 }
 

@@ -41,7 +41,7 @@ LLMPAR_API llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_erro
 LLMPAR_API void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, uint64_t *xxh64);
 /* Sync, close, rename, sync of the directory. Destroys the writer in any case; on failure the .tmp file is removed. */
 LLMPAR_API llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error);
-/* Closes and removes the .tmp file. NULL is fine. */
+/* Closes and removes the .tmp file. */
 LLMPAR_API void llmpar_writer_abandon(llmpar_writer *writer);
 
 /* Creates a directory (parents must exist) unless it is there; checks that it can be written. */
@@ -58,5 +58,7 @@ LLMPAR_API llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path
 /* The same of the system's files. */
 LLMPAR_API int llmpar_is_directory(const char *path);
 LLMPAR_API int llmpar_is_file(const char *path);
+
+#define LLMPAR__AGAIN(call, ...) do number = io->call(io->user, __VA_ARGS__); while (number == EINTR)
 
 #endif

@@ -270,12 +270,10 @@ static llmpar_status llmpar__st_header_length(const llmpar__st_file *s, const un
 
 static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, size_t length, size_t data_bytes, llmpar_error *error)
 {
-    llmpar__st_reader r;
-    llmpar_json_desc desc;
     llmpar_json *root = NULL;
     char name[256];
-    memset(&r, 0, sizeof r);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar__st_reader, r);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     if (length == 0 || header[0] != '{')
         return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header does not begin with '{' (file byte 8)", s->path);
     snprintf(name, sizeof name, "%.200s: header", s->path);
@@ -338,6 +336,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
     char *header = NULL;
     size_t length = 0;
     *out = NULL;
+    LLMPAR__NEED(heap && path, error);
     llmpar__st_file *s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
     llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
@@ -356,6 +355,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const
 {
     size_t length = 0;
     *out = NULL;
+    LLMPAR__NEED(heap && data && name, error);
     llmpar__st_file *s = llmpar__st_create(heap, name, error);
     if (!s) return LLMPAR_ERR_MEMORY;
     llmpar_status status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
@@ -366,6 +366,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error)
 {
+    LLMPAR__NEED(file && tensor, error);
     llmpar__st_file *s = (llmpar__st_file *)file->state;
     if (offset > tensor->bytes || bytes > tensor->bytes - offset)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": %zu bytes from byte %zu, but it has %zu", file->path, tensor->name, bytes, offset, tensor->bytes);
@@ -376,6 +377,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file,
 
 LLMPAR_DEF const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name)
 {
+    if (!file || !name) return NULL;
     int32_t low = 0, high = file->count;
     while (low < high) {
         int32_t middle = low + (high - low) / 2;
@@ -429,6 +431,7 @@ static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tens
 static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
     *total = 0;
+    LLMPAR__NEED(path && (tensors || count < 1), error);
     if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
     for (int32_t i = 0; i < count; i++) {
         const llmpar_safetensor *tensor = &tensors[i];
@@ -452,6 +455,7 @@ static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_saf
 /* The reader refuses a duplicate name, so the writer must not make one. */
 static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
 {
+    LLMPAR__NEED(heap, error);
     llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
     llmpar_status status = LLMPAR_OK;
     if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
@@ -508,6 +512,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     if (bytes > writer->expected - writer->written)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes after %zu of %zu declared: too many", writer->path, bytes, writer->written, writer->expected);
     llmpar_status status = llmpar_writer_write(writer->writer, data, bytes, error);
@@ -517,6 +522,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writ
 
 static llmpar_status llmpar__st_complete(const llmpar_safetensors_writer *writer, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     if (writer->written == writer->expected) return LLMPAR_OK;
     return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
 }

@@ -34,7 +34,7 @@ LLMPAR_API llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const
 /* to[bytes] = the tensor's bytes from `offset` (in bytes, as they stand in the file), just these. LLMPAR_ERR_ARGUMENT: outside the tensor; LLMPAR_ERR_IO: cannot read, or the file has become
    shorter. Several threads may read. Local. */
 LLMPAR_API llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error);
-LLMPAR_API void llmpar_safetensors_close(llmpar_safetensors *file); /* NULL is fine */
+LLMPAR_API void llmpar_safetensors_close(llmpar_safetensors *file);
 LLMPAR_API const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name); /* NULL if absent */
 
 /* What the writer refuses of tensors (name, dtype, dims, shape), without writing. LLMPAR_ERR_ARGUMENT, LLMPAR_ERR_SHAPE, LLMPAR_ERR_OVERFLOW; path for messages. */
@@ -48,6 +48,6 @@ LLMPAR_API llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writ
 LLMPAR_API llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error); /* destroys it */
 LLMPAR_API llmpar_status llmpar_safetensors_writer_settle(llmpar_safetensors_writer *writer, llmpar_error *error); /* commit without the directory's sync and the destruction: see llmpar_writer_settle */
 LLMPAR_API void llmpar_safetensors_writer_sum(const llmpar_safetensors_writer *writer, uint64_t *bytes, uint64_t *xxh64); /* of the file so far */
-LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer); /* NULL is fine */
+LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer);
 
 #endif

@@ -27,7 +27,7 @@ LLMPAR_API const char *llmpar_axis_name(llmpar_axis axis); /* "dp_replicate", "d
 LLMPAR_API llmpar_status llmpar_mesh_desc_resolve(llmpar_mesh_desc *desc, int32_t world, llmpar_error *error);
 /* Collective over the world. Also fills ctx->error.where for later errors of this rank. */
 LLMPAR_API llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_desc *desc, llmpar_mesh **out);
-LLMPAR_API void llmpar_mesh_destroy(llmpar_mesh *mesh); /* NULL is fine; local */
+LLMPAR_API void llmpar_mesh_destroy(llmpar_mesh *mesh); /* local */
 /* World rank of a coordinate. Local. */
 LLMPAR_API int32_t llmpar_mesh_rank_at(const llmpar_mesh *mesh, const int32_t coordinate[LLMPAR_MESH_AXES]);
 /* Writes a picture of the mesh (rows: data coordinates, columns: tp) into text, cut at capacity; returns bytes needed without the NUL. Local. */

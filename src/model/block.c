@@ -166,9 +166,8 @@ static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_un
 static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
 {
     const llmpar__shape *s = &b->s;
-    llmpar_rope_args args;
     llmpar_status status = LLMPAR_OK;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rope_args, args);
     args.batch = s->b;
     args.t = s->t;
     args.head_dim = s->e;
@@ -298,9 +297,8 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
-    llmpar__block_half b;
     llmpar__block_layout l;
-    memset(&b, 0, sizeof b);
+    LLMPAR__ZEROED(llmpar__block_half, b);
     b.part_of = (const llmpar__part *)user;
     b.model = b.part_of->model;
     b.tp = &b.model->tp;
@@ -353,9 +351,8 @@ static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 {
-    llmpar_add_args args;
     llmpar__block_half b = llmpar__block_open(call, call->index);
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_add_args, args);
     args.count = (size_t)(b.s.ns * b.s.d);
     args.a = b.input;
     args.b = b.sum;
@@ -425,8 +422,7 @@ static llmpar_status llmpar__block_head_dnorm(const llmpar__block_half *b, const
     const llmpar__shape *s = &b->s;
     const llmpar_llama_config *c = &b->model->config;
     size_t at = i ? llmpar__block_k(s) : 0, leaves = (size_t)(s->leaves * s->e) * s->sum_size;
-    llmpar_rmsnorm_backward_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rmsnorm_backward_args, args);
     args.tokens.batch = s->n;
     args.tokens.t = i ? s->k : s->h;
     args.tokens.t_begin = i ? llmpar__block_first_kv(b) : llmpar_tp_begin(b->tp, c->heads);
@@ -548,9 +544,8 @@ static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 {
-    llmpar_swiglu_args swiglu;
     llmpar__block_half b = llmpar__block_open(call, call->index);
-    memset(&swiglu, 0, sizeof swiglu);
+    LLMPAR__ZEROED(llmpar_swiglu_args, swiglu);
     swiglu.rows = b.s.n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
     swiglu.gate = b.gate;
@@ -564,12 +559,11 @@ static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
 static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 {
-    llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
     llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
     llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
-    memset(&swiglu, 0, sizeof swiglu);
+    LLMPAR__ZEROED(llmpar_swiglu_backward_args, swiglu);
     swiglu.rows = s->n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = b.gate;

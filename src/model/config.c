@@ -146,6 +146,7 @@ static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__confi
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_check(const llmpar_llama_config *config, llmpar_error *error)
 {
+    LLMPAR__NEED(config, error);
     llmpar__config_fault fault;
     if (!llmpar__config_find_fault(config, &fault)) return LLMPAR_OK;
     return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama config: %s", fault.text);
@@ -473,10 +474,10 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
 {
-    llmpar_json_desc desc;
     llmpar_json *root = NULL;
     memset(out, 0, sizeof *out);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__NEED(heap && text, error);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     desc.name = name ? name : "config.json";
     desc.unique_keys = 1;
     llmpar_status status = llmpar_json_parse(heap, text, length, &desc, &root, error);
@@ -539,6 +540,7 @@ static void llmpar__config_put_rope(llmpar__text *t, const llmpar_rope_scaling *
 
 LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, char *text, size_t capacity)
 {
+    if (!config) return 0;
     const llmpar__config_family *family = &llmpar__config_families[config->family];
     llmpar__text t = llmpar__text_begin(text, capacity);
     llmpar__text_put(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n  \"model_type\": \"%s\",\n", family->architecture, family->type);
@@ -566,12 +568,14 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
 
 LLMPAR_DEF int64_t llmpar_llama_param_count(const llmpar_llama_config *config)
 {
+    if (!config) return 0;
     int64_t d = config->hidden;
     return config->layers * llmpar__config_layer_params(config) + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
 }
 
 LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len)
 {
+    if (!config) return 0;
     double multiplying = (double)(llmpar_llama_param_count(config) - (config->tied ? 0 : (int64_t)config->vocab * config->hidden));
     return 6 * multiplying + 12.0 * config->layers * config->heads * config->head_dim * (double)seq_len;
 }

@@ -68,10 +68,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
 {
-    llmpar_embedding_args args;
     llmpar__embed e = llmpar__embed_open(call);
     if (e.model->interleaved) return llmpar_fail(call->ctx, LLMPAR_ERR_ARGUMENT, "step: called while this model generates a text, expected after it");
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_embedding_args, args);
     args.rows = e.s.n;
     args.dim = e.s.d;
     args.v_begin = e.s.v_begin;
@@ -293,7 +292,6 @@ static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const ll
 static llmpar_status llmpar__head_step(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int32_t step)
 {
     llmpar_xent_args xent;
-    llmpar_xent_loss_args loss;
     llmpar_status status;
     llmpar__head_xent(call, h, row, rows, 0, h->s.v, &xent);
     switch (step) {
@@ -306,7 +304,7 @@ static llmpar_status llmpar__head_step(const llmpar_unit_call *call, const llmpa
     case 2: return call->device->xent_sum(call->device, call->stream, &xent);
     case 3: return llmpar__head_combine(call, h, "head sum/all_reduce", xent.sum, rows, LLMPAR_SUM);
     }
-    memset(&loss, 0, sizeof loss);
+    LLMPAR__ZEROED(llmpar_xent_loss_args, loss);
     loss.rows = rows;
     loss.max = xent.max;
     loss.target_logit = xent.target_logit;

@@ -137,8 +137,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         if (w > most) most = w;
     }
     if (!llmpar__session_streams(g)) return most;
-    llmpar_interleave_args turn;
-    memset(&turn, 0, sizeof turn);
+    LLMPAR__ZEROED(llmpar_interleave_args, turn);
     turn.k = s->f > s->h * s->e ? s->f : s->h * s->e; /* of the widest weight */
     if (turn.k < s->d) turn.k = s->d;
     turn.dtype = g->dtype;
@@ -148,7 +147,6 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
 
 static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t capacity, llmpar__session *g)
 {
-    llmpar_micro micro;
     memset(g, 0, sizeof *g);
     g->model = model;
     g->fsdp = fsdp;
@@ -164,7 +162,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->rows = rows;
     g->head_rows = head_rows;
     g->capacity = capacity;
-    memset(&micro, 0, sizeof micro);
+    LLMPAR__ZEROED(llmpar_micro, micro);
     micro.batch = 1;
     micro.t = rows;
     micro.leaves = 1;
@@ -294,9 +292,8 @@ static llmpar_status llmpar__session_linear(const llmpar__session *g, int64_t co
 /* out[count, heads*E] (q, or the place of k in the cache) of its product, which may be there: norm over heads if there is one, rope. */
 static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *product, const void *norm, void *out)
 {
-    llmpar_rope_args rope;
     llmpar_status status = LLMPAR_OK;
-    memset(&rope, 0, sizeof rope);
+    LLMPAR__ZEROED(llmpar_rope_args, rope);
     rope.batch = 1;
     rope.t = count;
     rope.heads = heads;
@@ -318,7 +315,6 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     const llmpar_llama_config *c = &g->model->config;
     void *p[LLMPAR__BLOCK_PARAMS];
     llmpar_attention_args attention;
-    llmpar_swiglu_args swiglu;
     llmpar_tp_operand row;
     llmpar_add_args add;
     llmpar_status status = llmpar__session_params(g, layer, p);
@@ -344,7 +340,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
     if (!status) status = llmpar__session_linear(g, count, two ? 2 * s->f : s->f, p[LLMPAR__GATE], NULL, g->gate);
     if (!status && !two) status = llmpar__session_linear(g, count, s->f, p[LLMPAR__UP], NULL, up);
-    memset(&swiglu, 0, sizeof swiglu);
+    LLMPAR__ZEROED(llmpar_swiglu_args, swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = g->gate;
@@ -372,13 +368,12 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     const llmpar_llama_config *c = &g->model->config;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     void *norm = NULL, *weight = NULL;
-    llmpar_collective call;
     llmpar_status status = llmpar__session_head_params(g, &norm, &weight);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
     status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, norm, NULL, g->h, g->rstd);
     if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->v, g->h, weight, g->interleaved > 0, NULL, g->logits, widest, g->workspace, g->workspace_bytes);
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.send = g->logits;
     call.recv = g->gathered;
     call.count = (size_t)(count * widest);
@@ -400,10 +395,9 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
 static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row)
 {
     const llmpar__shape *s = &g->s;
-    llmpar_copy_rows_args args;
     int64_t together = llmpar_device_interleaved_rows(g->device, g->dtype), words = s->d * (int64_t)s->size / 4;
     if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, g->x, (size_t)words * 4);
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_copy_rows_args, args);
     args.rows = words;
     args.width = args.ld_out = 1;
     args.size = 4;
@@ -417,14 +411,13 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 {
     const llmpar_llama_config *c = &g->model->config;
     void *const *table = NULL;
-    llmpar_embedding_args args;
     for (int64_t i = 0; i < count; i++)
         if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
     llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
     memcpy(g->host_ids + position, ids, (size_t)count * sizeof *ids); /* each position once: the stream may yet read what was written before */
     if (!status) status = g->device->copy(g->device, g->stream, g->ids, g->host_ids + position, (size_t)count * sizeof *ids);
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_embedding_args, args);
     args.rows = count;
     args.dim = g->s.d;
     args.v_begin = g->s.v_begin;
@@ -442,7 +435,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
 {
     llmpar__session g;
-    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(model && fsdp, NULL);
     if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, count, &g);
@@ -544,7 +537,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
     llmpar__session g;
     *count = 0;
-    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(model && fsdp, NULL);
     const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
     int32_t tokens = desc->tokens ? desc->tokens : 128;

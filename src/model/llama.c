@@ -98,10 +98,10 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_
 LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
 {
     *out = NULL;
+    LLMPAR__NEED(ctx, NULL);
     if (!desc || !desc->preset == !desc->config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "llama: expected exactly one of preset and config");
     llmpar_llama_config config;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = LLMPAR_OK;
     if (desc->preset) status = llmpar_llama_preset(desc->preset, &config, &error);
     else config = *desc->config;
@@ -139,8 +139,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
 
 LLMPAR_DEF llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out)
 {
-    llmpar_llama_desc desc;
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__NEED(ctx && model, NULL);
+    LLMPAR__ZEROED(llmpar_llama_desc, desc);
     desc.config = &model->config;
     desc.seed = model->seed;
     desc.wrap = model->wrap == 1 ? LLMPAR_WRAP_HALF : model->wrap / 2;
@@ -166,14 +166,14 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
     llmpar_heap_free(heap, model);
 }
 
-LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return &model->config; }
-LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model->seed; }
-LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return &model->tp; }
+LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return model ? &model->config : NULL; }
+LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model ? model->seed : 0; }
+LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return model ? &model->tp : NULL; }
 
 LLMPAR_DEF llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count)
 {
-    if (count) *count = model->unit_count;
-    return model->units;
+    if (count) *count = model ? model->unit_count : 0;
+    return model ? model->units : NULL;
 }
 
 /* ---- meeting a mesh ---- */
@@ -249,8 +249,7 @@ static llmpar_status llmpar__llama_tables(llmpar_llama *model)
     size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(dtype);
     const double one = 1;
     double one_low = 0;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for RoPE tables of %lld positions", (long long)model->positions);
     llmpar_stream *stream = NULL;
@@ -287,6 +286,7 @@ static llmpar_status llmpar__llama_again(const llmpar_llama *model, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
 {
+    LLMPAR__NEED(model && tp, NULL);
     const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: no desc of what it is applied to");
     if (model->applied) return llmpar__llama_again(model, tp, desc);
@@ -354,8 +354,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, int64_t dim, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
 {
-    llmpar_rmsnorm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rmsnorm_args, args);
     args.rows = rows;
     args.dim = dim;
     args.x = x;
@@ -424,8 +423,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_check_length(const llmpar_llama 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
 {
     const llmpar_tp *tp = &((const llmpar__part *)call->user)->model->tp;
-    llmpar_rmsnorm_backward_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rmsnorm_backward_args, args);
     args.tokens.batch = s->b;
     args.tokens.t = s->ts;
     args.tokens.t_begin = tp->sequence_parallel ? tp->rank * s->ts : 0;

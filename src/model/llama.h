@@ -27,7 +27,7 @@ typedef struct llmpar_llama_desc {
 LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out);
 /* A model of the same desc in another ctx, before any llmpar_llama_apply. Local. */
 LLMPAR_API llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out);
-LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
+LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* after the fsdp object made from its units; local */
 LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
 LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
 /* The units, owned by the model. Their `recompute`: SELECTIVE keeps all but the norms' outputs of the blocks (the two ends keep what they keep, and attention the normalised q and k), FULL is for any unit but the last; set it before the units are handed to FSDP. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */

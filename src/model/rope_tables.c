@@ -63,6 +63,7 @@ LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t 
 
 LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error)
 {
+    LLMPAR__NEED(heap && config, error);
     int32_t i, pairs = config->head_dim / 2;
     double *inv_freq, c, s, factor = config->rope_scaling.kind == LLMPAR_ROPE_YARN ? config->rope_scaling.attention_factor : 1;
     if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)

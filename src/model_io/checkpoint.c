@@ -112,9 +112,8 @@ LLMPAR__PRIVATE_DEF char *llmpar__array_memory(const llmpar_fsdp *fsdp, const ll
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag)
 {
-    llmpar_error shared;
     int64_t worst = status ? ctx->world - ctx->rank : 0;
-    memset(&shared, 0, sizeof shared);
+    LLMPAR__ZEROED(llmpar_error, shared);
     llmpar_status talk = llmpar__comm_largest(ctx->comm, &worst, 1, tag);
     if (talk) return status ? status : talk;
     if (!worst) return LLMPAR_OK;
@@ -332,6 +331,7 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
 {
+    LLMPAR__NEED(c, NULL);
     if (!c->busy) return LLMPAR_OK;
     if (!wait) {
         int64_t unfinished = !__atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
@@ -344,8 +344,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
 static void llmpar__checkpoint_fill(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
 {
     const llmpar_mesh *mesh = llmpar_fsdp_mesh(c->fsdp);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
+    LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_policy(c->fsdp, &policy);
     c->info = *info;
     c->info.updates = c->optim ? llmpar_optim_steps(c->optim) : 0;
@@ -357,6 +356,7 @@ static void llmpar__checkpoint_fill(llmpar_checkpoint *c, const llmpar_checkpoin
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
 {
+    LLMPAR__NEED(c && info, NULL);
     llmpar_status status = llmpar_checkpoint_poll(c, 1);
     if (status) return status;
     llmpar_error_clear(&c->error);
@@ -373,6 +373,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmp
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_optim *optim, const llmpar_checkpoint_desc *desc, llmpar_checkpoint **out)
 {
+    LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     *out = NULL;
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no desc");

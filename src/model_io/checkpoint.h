@@ -43,7 +43,7 @@ LLMPAR_API llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_opti
 LLMPAR_API llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *checkpoint, const llmpar_checkpoint_info *info);
 /* A save in the background: has every rank written its part? Then it is committed here, or its error returned. wait: until it is so. Nothing under way: LLMPAR_OK. Collective. */
 LLMPAR_API llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *checkpoint, int wait);
-/* Waits for this rank's own thread; a save that no poll has ended stays a step-N.tmp. NULL is fine. Local. */
+/* Waits for this rank's own thread; a save that no poll has ended stays a step-N.tmp. Local. */
 LLMPAR_API void llmpar_checkpoint_destroy(llmpar_checkpoint *checkpoint);
 
 /* The largest complete step below `below` in a directory, -1: none (or no directory). Collective. */

@@ -46,8 +46,7 @@ typedef struct llmpar__directory_scan {
 static int llmpar__directory_unlink(const llmpar_io *io, const char *path)
 {
     int number;
-    do number = io->remove(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(remove, path);
     return number;
 }
 
@@ -73,8 +72,7 @@ static int llmpar__directory_sweep(void *user, const char *name)
 static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user)
 {
     int number;
-    do number = io->list(io->user, path, entry, user);
-    while (number == EINTR);
+    LLMPAR__AGAIN(list, path, entry, user);
     return number;
 }
 
@@ -139,8 +137,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
         status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: it is there already, and nothing is overwritten: expected a directory of this run alone, or a resume from its newest step", path);
     if (status) return status;
     snprintf(path, sizeof path, "%s/step-%lld.tmp", directory, (long long)step);
-    do number = io->make_directory(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(make_directory, path);
     return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
 }
 
@@ -181,8 +178,7 @@ static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *d
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error)
 {
     char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
-    llmpar_error why;
-    llmpar_error_clear(&why);
+    LLMPAR__NO_ERROR(why);
     io = io ? io : llmpar_io_system();
     snprintf(to, sizeof to, "%s/step-%lld", directory, (long long)step);
     snprintf(from, sizeof from, "%s/step-%lld.tmp", directory, (long long)step);

@@ -16,8 +16,8 @@ static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, cons
 
 LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
 {
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NEED(ctx, NULL);
+    LLMPAR__NO_ERROR(error);
     if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory");
     char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
     size_t bytes;
@@ -80,8 +80,7 @@ static llmpar_status llmpar__hf_read(const llmpar__hf_load *load, const llmpar_s
 {
     size_t size = llmpar_dtype_size(source->dtype);
     llmpar_status status = LLMPAR_OK;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     for (int64_t done = 0, run; done < count && !status; done += run) {
         int64_t from = llmpar_dtensor_run(tensor, local, first + done, &run);
         if (run > count - done) run = count - done;
@@ -214,11 +213,10 @@ static llmpar_status llmpar__hf_load_unit(const llmpar__hf_load *load, int32_t u
 
 LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
 {
-    llmpar__hf_load load;
+    LLMPAR__NEED(fsdp, NULL);
     int32_t matched = 0;
-    llmpar_error error;
-    llmpar_error_clear(&error);
-    memset(&load, 0, sizeof load);
+    LLMPAR__NO_ERROR(error);
+    LLMPAR__ZEROED(llmpar__hf_load, load);
     load.fsdp = fsdp;
     load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     if (!directory) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory");
@@ -259,7 +257,6 @@ struct llmpar_tensor_file {
 static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path, const llmpar_llama_config *config, uint64_t max_bytes)
 {
     llmpar_ctx *ctx = file->ctx;
-    llmpar_error error;
     int32_t count = 0, at = 0;
     for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
     llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
@@ -274,7 +271,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
             for (int32_t d = 0; d < unit->params[i].dims; d++) tensors[at].shape[d] = unit->params[i].shape[d];
         }
     }
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     if (!config) return llmpar__hf_fail(ctx, llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error), &error);
     size_t bytes = llmpar_llama_config_write(config, NULL, 0);
     char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1);
@@ -336,6 +333,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
 {
+    LLMPAR__NEED(fsdp, NULL);
     return llmpar__hf_open(fsdp, path, units, count, NULL, NULL, out);
 }
 
@@ -345,8 +343,7 @@ static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, int64_t count)
     llmpar_device *device = file->ctx->device;
     llmpar_dtype from = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
     llmpar_status status = LLMPAR_OK;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     for (int64_t done = 0, part; done < count && !status; done += part) {
         const void *data = file->narrow ? file->narrow : file->host;
         part = count - done < LLMPAR__HF_PIECE ? count - done : LLMPAR__HF_PIECE;
@@ -363,6 +360,7 @@ static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, int64_t count)
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard)
 {
+    LLMPAR__NEED(file, NULL);
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
     if (file->next >= file->count || unit != file->units[file->next])
@@ -383,10 +381,10 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
 {
+    LLMPAR__NEED(file, NULL);
     llmpar_ctx *ctx = file->ctx;
-    llmpar_error error;
     llmpar_status status = LLMPAR_OK;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     if (file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_commit(file->writer, &error), &error);
     if (file->directory) status = llmpar__hf_fail(ctx, llmpar_hf_writer_commit(file->directory, &error), &error);
     file->writer = NULL;
@@ -414,7 +412,9 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
 
 LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc)
 {
+    LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    if (!config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no config");
     llmpar_tensor_file *file = NULL;
     llmpar_status status = llmpar__hf_open(fsdp, directory, NULL, 0, config, desc, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {

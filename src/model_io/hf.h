@@ -31,6 +31,6 @@ typedef struct llmpar_tensor_file llmpar_tensor_file;
 LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out);
 LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
 LLMPAR_API llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file);                                         /* collective; destroys it */
-LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* NULL is fine; local */
+LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* local */
 
 #endif

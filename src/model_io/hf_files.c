@@ -27,6 +27,7 @@ LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directo
 
 LLMPAR_DEF void llmpar_hf_index_free(llmpar_heap *heap, llmpar_hf_index *index)
 {
+    if (!index) return;
     llmpar_heap_free(heap, (void *)index->tensor);
     llmpar_heap_free(heap, (void *)index->file);
     llmpar_heap_free(heap, index->place);
@@ -52,9 +53,9 @@ static llmpar_status llmpar__hf_index_entry(llmpar_hf_index *index, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_hf_index *out, llmpar_error *error)
 {
-    llmpar_json_desc desc;
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     memset(out, 0, sizeof *out);
+    LLMPAR__NEED(heap && text && name, error);
     out->total_size = -1;
     desc.name = name;
     desc.unique_keys = 1;
@@ -95,7 +96,7 @@ LLMPAR_DEF void llmpar_hf_files_close(llmpar_hf_files *files)
 
 LLMPAR_DEF const llmpar_safetensor *llmpar_hf_files_find(const llmpar_hf_files *files, const char *name, const llmpar_safetensors **file)
 {
-    for (int32_t f = 0; f < files->count; f++) {
+    for (int32_t f = 0; files && f < files->count; f++) {
         const llmpar_safetensor *tensor = llmpar_safetensors_find(files->file[f], name);
         *file = files->file[f];
         if (tensor) return tensor;
@@ -139,10 +140,9 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
 
 static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar_io *io, const char *directory, llmpar_error *error)
 {
-    llmpar_hf_index index;
     char *text = NULL;
     size_t bytes = 0;
-    memset(&index, 0, sizeof index);
+    LLMPAR__ZEROED(llmpar_hf_index, index);
     llmpar_status status = llmpar_file_load(files->heap, io, files->path, LLMPAR__HF_MAX_INDEX, &text, &bytes, error);
     if (!status) status = llmpar_hf_index_parse(files->heap, text, bytes, files->path, &index, error);
     llmpar_heap_free(files->heap, text);
@@ -163,12 +163,13 @@ static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error)
 {
+    *out = NULL;
+    LLMPAR__NEED(heap && directory, error);
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
     llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
     int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
     llmpar_safetensors **file = sharded ? NULL : (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *file);
     llmpar_status status = single && index && files && (sharded || file) ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
-    *out = NULL;
     llmpar_heap_free(heap, sharded ? single : index);
     if (!files) {
         llmpar_heap_free(heap, sharded ? index : single);
@@ -248,6 +249,7 @@ static llmpar_status llmpar__hf_end_part(llmpar_hf_writer *w, llmpar_error *erro
 LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error)
 {
     *out = NULL;
+    LLMPAR__NEED(heap && directory, error);
     llmpar_hf_writer *w = (llmpar_hf_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
     llmpar_status status = LLMPAR_OK;
     if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
@@ -275,6 +277,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_i
 
 LLMPAR_DEF llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     const char *from = (const char *)data;
     llmpar_status status = writer->writer ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->directory);
     while (bytes && !status) {
@@ -375,6 +378,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
 
 LLMPAR_DEF llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     llmpar__hf_stale stale;
     llmpar_status status = writer->writer ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->directory);
     while (!status && writer->next < writer->count) { /* only tensors without elements are left, or bytes are missing */

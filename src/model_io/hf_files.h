@@ -33,7 +33,7 @@ typedef struct llmpar_hf_files {
 /* Where there are both, model.safetensors is taken, as transformers does. Each tensor stands in exactly the file that the index says, and in no other; nothing else does; metadata.total_size, where it is stated, is the sum
    of their bytes. Reads headers only. LLMPAR_ERR_IO; LLMPAR_ERR_FORMAT names file and tensor; else what the files' own headers are refused with. Owned by the caller. */
 LLMPAR_API llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error);
-LLMPAR_API void llmpar_hf_files_close(llmpar_hf_files *files); /* NULL is fine */
+LLMPAR_API void llmpar_hf_files_close(llmpar_hf_files *files);
 /* NULL if no file has it; else *file is the one that does. */
 LLMPAR_API const llmpar_safetensor *llmpar_hf_files_find(const llmpar_hf_files *files, const char *name, const llmpar_safetensors **file);
 
@@ -48,6 +48,6 @@ typedef struct llmpar_hf_writer llmpar_hf_writer;
 LLMPAR_API llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const void *data, size_t bytes, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error); /* destroys it in any case */
-LLMPAR_API void llmpar_hf_writer_abandon(llmpar_hf_writer *writer);                               /* NULL is fine; removes what it made */
+LLMPAR_API void llmpar_hf_writer_abandon(llmpar_hf_writer *writer);                               /* removes what it made */
 
 #endif

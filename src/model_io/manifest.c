@@ -241,8 +241,7 @@ static void llmpar__manifest_info(llmpar__manifest_in *in, const llmpar_json *ro
     info->dtype = llmpar__manifest_dtype(in, root, "dtype");
     snprintf(info->optimizer, sizeof info->optimizer, "%s", llmpar__manifest_string(in, llmpar_json_get(root, "optimizer"), "optimizer", sizeof info->optimizer - 1));
     if (!in->status && scale->type != LLMPAR_JSON_NULL && llmpar__manifest_object(in, scale, "loss_scale", "scale least most interval finite_steps")) {
-        llmpar_error why;
-        llmpar_error_clear(&why);
+        LLMPAR__NO_ERROR(why);
         info->scale.scale = llmpar__manifest_positive(in, scale, "scale");
         info->scale.least = llmpar__manifest_positive(in, scale, "least");
         info->scale.most = llmpar__manifest_positive(in, scale, "most");
@@ -385,11 +384,10 @@ static llmpar_status llmpar__manifest_room(llmpar_heap *heap, const llmpar_json 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *m, llmpar_error *error)
 {
     char tail[LLMPAR__MANIFEST_TAIL + 1];
-    llmpar_json_desc desc;
     llmpar_xxh64 sum;
     llmpar__manifest_in in = {name, error, LLMPAR_OK};
     memset(m, 0, sizeof *m);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     desc.max_depth = 8;
     desc.unique_keys = 1;
     desc.name = name;

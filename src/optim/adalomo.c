@@ -156,8 +156,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
     a->units = llmpar_fsdp_unit_count(optim->fsdp);
     a->unit = (llmpar__adalomo_unit *)llmpar_heap_zalloc(optim->heap, (size_t)a->units, sizeof *a->unit);
     if (!a->unit) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for %d units", (int)a->units);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
+    LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_policy(optim->fsdp, &policy);
     int whole = llmpar_policy_whole_state(&policy);
     llmpar_status status = LLMPAR_OK;
@@ -240,9 +239,8 @@ static llmpar_status llmpar__adalomo_find_largest(const llmpar__adalomo_call *c)
 {
     llmpar_status status = LLMPAR_OK;
     for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
-        llmpar_largest_args args;
         if (!c->unit->part[s].factored) continue;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_largest_args, args);
         args.count = (size_t)c->update->segments[s].count;
         args.x = llmpar__adalomo_grad(c, s);
         args.largest = c->largest + c->update->segments[s].param;
@@ -258,17 +256,15 @@ static llmpar_status llmpar__adalomo_sum_squares(const llmpar__adalomo_call *c)
     for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
         const llmpar__adalomo_part *part = &c->unit->part[s];
         int32_t p = c->update->segments[s].param;
-        llmpar_square_sum_args square;
         if (!part->counts) continue;
-        memset(&square, 0, sizeof square);
+        LLMPAR__ZEROED(llmpar_square_sum_args, square);
         square.count = (size_t)c->update->segments[s].count;
         square.x = llmpar__adalomo_param(c, s);
         square.accumulator = c->param_squares + (int64_t)p * LLMPAR_EXACT_SUM_LIMBS;
         square.dtype = c->update->dtype;
         status = c->device->square_sum(c->device, c->update->stream, &square);
         if (status || !part->factored) continue;
-        llmpar_factor_sum_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_factor_sum_args, args);
         args.begin = part->begin;
         args.count = c->update->segments[s].count;
         args.cols = part->cols;
@@ -294,8 +290,7 @@ static llmpar_status llmpar__adalomo_moments(const llmpar__adalomo_call *c)
         if (!part->factored) continue;
         for (int by_columns = 0; by_columns < 2 && !status; by_columns++) {
             int64_t rows = c->unit->rows[p], cols = c->unit->cols[p], at = by_columns ? rows : 0;
-            llmpar_factor_moment_args args;
-            memset(&args, 0, sizeof args);
+            LLMPAR__ZEROED(llmpar_factor_moment_args, args);
             args.count = by_columns ? cols : rows;
             args.terms = by_columns ? rows : cols;
             args.bits = llmpar__adalomo_bits(args.terms);
@@ -322,8 +317,7 @@ static llmpar_status llmpar__adalomo_pass(const llmpar__adalomo_call *c, int app
         const llmpar__adalomo_part *part = &c->unit->part[s];
         const llmpar_segment *segment = &c->update->segments[s];
         const llmpar_param *param = &llmpar_fsdp_unit(c->optim->fsdp, c->update->unit)->params[segment->param];
-        llmpar_adalomo_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_adalomo_args, args);
         args.begin = part->begin;
         args.count = segment->count;
         args.cols = part->cols;

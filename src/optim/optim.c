@@ -103,9 +103,7 @@ static llmpar_status llmpar__optim_update(void *state, const llmpar_update *upda
     llmpar_device *device = update->device ? update->device : llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
     int32_t states = llmpar_optim_states(desc);
     llmpar_status status = LLMPAR_OK;
-    llmpar_adamw_args adamw;
-    llmpar_sgd_args sgd;
-    memset(&adamw, 0, sizeof adamw);
+    LLMPAR__ZEROED(llmpar_adamw_args, adamw);
     adamw.lr = optim->lr;
     adamw.beta1 = desc->beta1;
     adamw.beta2 = desc->beta2;
@@ -114,7 +112,7 @@ static llmpar_status llmpar__optim_update(void *state, const llmpar_update *upda
     adamw.correction2 = 1 - optim->power2;
     adamw.grad_scale = update->grad_scale;
     adamw.dtype = update->dtype;
-    memset(&sgd, 0, sizeof sgd);
+    LLMPAR__ZEROED(llmpar_sgd_args, sgd);
     sgd.lr = optim->lr;
     sgd.momentum = desc->momentum;
     sgd.limit = desc->clip_value;
@@ -143,8 +141,7 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "optim: no desc");
     llmpar_optim_desc resolved = *desc;
     llmpar_optim_desc_resolve(&resolved);
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_optim_desc_check(&resolved, &error);
     if (status) return llmpar_fail(ctx, status, "%s", error.text);
     int32_t states = llmpar_optim_states(&resolved), given = llmpar_fsdp_optimizer_states(fsdp);

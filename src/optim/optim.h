@@ -39,7 +39,7 @@ LLMPAR_API llmpar_update_when llmpar_optim_update_when(const llmpar_optim_desc *
 /* Borrows fsdp, whose desc asked for llmpar_optim_states. ADALOMO takes its state from fsdp's arena (OPTIMIZER) and, where parameters are cut, a communicator of the ranks that share them.
    LLMPAR_ERR_ARGUMENT for values out of range or missing states. Collective. */
 LLMPAR_API llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_optim_desc *desc, llmpar_optim **out);
-LLMPAR_API void llmpar_optim_destroy(llmpar_optim *optim); /* NULL is fine; before the fsdp object; local */
+LLMPAR_API void llmpar_optim_destroy(llmpar_optim *optim); /* before the fsdp object; local */
 /* The table for llmpar_run; valid as long as optim. Local. */
 LLMPAR_API const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim);
 /* Learning rate of the coming update; its number is one more than updates so far. Local. */

@@ -116,8 +116,7 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
 {
     llmpar__launch_job *job = self->job;
     llmpar_ctx *ctx = &self->ctx;
-    llmpar_cpu_desc cpu;
-    memset(&cpu, 0, sizeof cpu);
+    LLMPAR__ZEROED(llmpar_cpu_desc, cpu);
     cpu.threads = job->desc.threads;
     cpu.level = job->level;
     cpu.crowded = job->crowded;
@@ -242,9 +241,8 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
     if (given && given->transport == LLMPAR_TRANSPORT_ENVIRONMENT) return llmpar__launch_environment(given, fn, user, error);
     if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
-    llmpar_launch_desc desc;
     llmpar_cpu_level level;
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_launch_desc, desc);
     if (given) desc = *given;
     llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
     if (st) return st;
@@ -273,8 +271,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     job->references = 1;
     snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
     st = llmpar__launch_places(job, error);
-    llmpar_threads_desc threads;
-    memset(&threads, 0, sizeof threads);
+    LLMPAR__ZEROED(llmpar_threads_desc, threads);
     threads.ranks = ranks;
     threads.lockstep = desc.lockstep;
     threads.deadline = desc.deadline;
@@ -321,8 +318,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
             pthread_attr_destroy(&attributes);
         }
         if (failed) {
-            llmpar_error broken;
-            llmpar_error_clear(&broken);
+            LLMPAR__NO_ERROR(broken);
             llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started: %s", (int)started, (int)ranks, strerror(failed));
             broken.rank = started;
             llmpar_threads_world_fail(job->world, &broken);

@@ -90,14 +90,12 @@ static llmpar_status llmpar__launch_refuse(const llmpar_launch_desc *desc, llmpa
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
-    llmpar_ctx ctx;
-    llmpar_cpu_desc cpu;
     llmpar_launch_desc desc = *given;
     llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
     int32_t locals = 1;
     char meeting[LLMPAR__LAUNCH_MEETING];
-    memset(&ctx, 0, sizeof ctx);
-    memset(&cpu, 0, sizeof cpu);
+    LLMPAR__ZEROED(llmpar_ctx, ctx);
+    LLMPAR__ZEROED(llmpar_cpu_desc, cpu);
     llmpar_error_clear(&ctx.error);
     llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
     if (!st) st = llmpar__launch_refuse(&desc, error);
@@ -128,8 +126,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
         llmpar__launch_dump(desc.record, &ctx);
     }
     if (ctx.comm && desc.backend->comm_finish) {
-        llmpar_error root;
-        llmpar_error_clear(&root);
+        LLMPAR__NO_ERROR(root);
         desc.backend->comm_finish(desc.backend->comm_user, ctx.comm, &root);
         if (root.status) *error = root;
     }

@@ -105,9 +105,8 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_erro
 
 LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
 {
-    llmpar_error root;
     if (error->status != LLMPAR_ERR_PEER || !ctx->comm || ctx->comm == ctx->host_comm || !backend || !backend->comm_finish) return 0;
-    llmpar_error_clear(&root);
+    LLMPAR__NO_ERROR(root);
     backend->comm_finish(backend->comm_user, ctx->comm, &root);
     if (root.status) *error = root;
     return root.status != LLMPAR_OK;
@@ -130,8 +129,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
     void *memory = NULL;
     llmpar_stream *stream = NULL;
     llmpar_gemm_segment segment[4];
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_gemm_args, args);
     memset(segment, 0, sizeof segment);
     float *host = (float *)llmpar_heap_alloc(&ctx->heap, bytes, 1);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");

@@ -26,8 +26,7 @@ static int llmpar__launch_under_mpirun(void)
 /* The CPU device and MPI's communicator on it, at a dispatch level. */
 static llmpar_status llmpar__launch_host(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
-    llmpar_cpu_desc cpu;
-    memset(&cpu, 0, sizeof cpu);
+    LLMPAR__ZEROED(llmpar_cpu_desc, cpu);
     cpu.threads = desc->threads;
     cpu.crowded = desc->threads > llmpar_mpi_world_threads(world);
     cpu.level = level;
@@ -117,14 +116,11 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     owned = !there && !(given && given->mpi && given->mpi->comm); /* with a communicator MPI has to be there: world_create says so */
     if (owned) MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &provided);
 
-    llmpar_ctx ctx;
-    llmpar_mpi_desc mpi;
-    llmpar_launch_desc desc;
     llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
     llmpar_mpi_world *world = NULL;
-    memset(&ctx, 0, sizeof ctx);
-    memset(&mpi, 0, sizeof mpi);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_ctx, ctx);
+    LLMPAR__ZEROED(llmpar_mpi_desc, mpi);
+    LLMPAR__ZEROED(llmpar_launch_desc, desc);
     if (given) desc = *given;
     if (desc.mpi) mpi = *desc.mpi;
     llmpar_error_clear(&ctx.error);

@@ -14,6 +14,7 @@
 LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity)
 {
     enum { ROWS = LLMPAR_TAG_COUNT + 1, COLUMNS = 3, CELLS = ROWS * COLUMNS };
+    LLMPAR__NEED(memory, NULL);
     const llmpar_arena_usage *marks[COLUMNS] = { &memory->init, &memory->before_optimizer, &memory->step };
     int64_t values[2 * CELLS]; /* largest, and largest of the negative: the smallest */
     for (int row = 0; row < ROWS; row++)

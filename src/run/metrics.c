@@ -232,8 +232,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     enum { SIDE = 256, TRIES = 2 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
-    llmpar__peak p;
-    memset(&p, 0, sizeof p);
+    LLMPAR__ZEROED(llmpar__peak, p);
     p.t = t;
     p.seconds = 1e9;
     llmpar_status status = device->stream_create(device, "peak", &p.stream);

@@ -93,6 +93,7 @@ static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error)
 {
+    LLMPAR__NEED(d && mesh && config, error);
     if (d->grad_accum == 0) d->grad_accum = 1;
     if (d->batch == 0 && d->grad_accum > 0) d->batch = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->exact == LLMPAR_EXACT_DEFAULT) d->exact = LLMPAR_EXACT_ON;
@@ -131,9 +132,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
 static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
 {
     llmpar_data_desc desc;
-    llmpar_error error;
     if (!t->desc.data) return LLMPAR_OK;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_file_map(t->desc.data, &t->file, &error);
     memset(&desc, 0, sizeof desc);
     desc.bytes = t->file.data;
@@ -153,8 +153,7 @@ static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, const llmpar_fsd
 {
     int32_t count;
     llmpar_unit *units = llmpar_llama_units(t->model, &count);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
+    LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_desc_policy(fsdp, t->mesh, &policy);
     policy.micro_batches = t->desc.grad_accum;
     policy.no_sync = t->desc.no_sync;
@@ -212,11 +211,9 @@ static llmpar_status llmpar__recipe_training(llmpar_trainer *t)
 
 static llmpar_status llmpar__recipe(llmpar_trainer *t)
 {
-    llmpar_llama_apply_desc apply;
-    llmpar_fsdp_desc fsdp;
     int32_t count;
-    memset(&apply, 0, sizeof apply);
-    memset(&fsdp, 0, sizeof fsdp);
+    LLMPAR__ZEROED(llmpar_llama_apply_desc, apply);
+    LLMPAR__ZEROED(llmpar_fsdp_desc, fsdp);
     /* Files first: data missing or short, or a log that cannot be written, is found before memory is taken. */
     llmpar_status status = t->count_only ? LLMPAR_OK : llmpar__recipe_data(t);
     if (!status && !t->count_only) status = llmpar__metrics_open(t);
@@ -313,12 +310,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
 LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
 {
     llmpar__recipe_blocks blocks;
-    llmpar_error error;
     *out = NULL;
     if (!mesh || !model) return LLMPAR_ERR_ARGUMENT; /* its maker said why */
     if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no desc");
     llmpar_trainer_desc resolved = *desc;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     llmpar__recipe_blocks_of(&resolved, model, &blocks);
@@ -357,9 +353,9 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
 
 LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t ? t->steps : 0; }
 LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t ? t->fsdp : NULL; }
-LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
-LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
-LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
+LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t ? t->train : NULL; }
+LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t && t->desc.data ? &t->data : NULL; }
+LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return t ? llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_load(t->fsdp, directory) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL) : LLMPAR_ERR_ARGUMENT; }

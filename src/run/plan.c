@@ -15,11 +15,10 @@
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out, llmpar_error *error)
 {
     llmpar_ctx *ctx = mesh->ctx, sim = *ctx;
-    llmpar_mesh_desc degrees;
     llmpar_mesh *sim_mesh = NULL;
     llmpar_llama *sim_model = NULL;
     llmpar_trainer *trainer = NULL;
-    memset(&degrees, 0, sizeof degrees);
+    LLMPAR__ZEROED(llmpar_mesh_desc, degrees);
     memset(out, 0, sizeof *out);
     llmpar_heap_init(&sim.heap, &ctx->heap.allocator);
     llmpar_error_clear(&sim.error);
@@ -64,8 +63,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_needs(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out)
 {
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar__plan_step(mesh, model, desc, blocks, out, &error);
     if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
     return status ? llmpar_fail(mesh->ctx, status, "%s", error.text) : LLMPAR_OK;
@@ -89,9 +87,8 @@ static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, 
 {
     llmpar_trainer_desc desc = *other;
     llmpar__recipe_blocks blocks;
-    llmpar_error error;
     uint64_t peak;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     /* The user's own numbers are resolved already; what changed has to be allowed. */
     if (llmpar_trainer_desc_resolve(&desc, mesh, llmpar_llama_get_config(model), &error)) return LLMPAR_OK;
     llmpar__recipe_blocks_of(&desc, model, &blocks);
@@ -129,9 +126,8 @@ static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model,
 static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks)
 {
     int32_t all = llmpar__recipe_block_units(model);
-    llmpar__recipe_blocks best;
     uint64_t least = UINT64_MAX;
-    memset(&best, 0, sizeof best);
+    LLMPAR__ZEROED(llmpar__recipe_blocks, best);
     best.every = desc->recompute_every;
     for (int full = 0; full < 2; full++) {
         int32_t low = 0, high = all; /* the answer is in [low, high], if there is one */
@@ -164,8 +160,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
 {
     llmpar_ctx *ctx = mesh->ctx;
     llmpar_memory memory;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = desc->recompute == LLMPAR_RECOMPUTE_AUTO ? llmpar__plan_auto(mesh, model, desc, blocks) : LLMPAR_OK;
     if (status) return status;
     llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
@@ -186,10 +181,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
 LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error)
 {
     llmpar__recipe_blocks blocks;
-    llmpar_error wrong;
-    llmpar_error_clear(&wrong);
+    LLMPAR__NO_ERROR(wrong);
     memset(out, 0, sizeof *out);
-    if (!mesh || !model) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(mesh && model, NULL);
     if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "plan: no desc");
     llmpar_trainer_desc resolved = *desc;
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &wrong);

@@ -79,7 +79,7 @@ static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
 {
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->train || !path) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", path ? "made without data, it cannot step" : "no path for gradients");
     llmpar_heap_free(&t->ctx->heap, t->gradients);
     t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
@@ -107,11 +107,9 @@ static void llmpar__trainer_rates(const llmpar_trainer *t, llmpar_step *out)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out)
 {
-    llmpar_step step;
-    llmpar_run run;
-    memset(&step, 0, sizeof step);
-    memset(&run, 0, sizeof run);
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__ZEROED(llmpar_step, step);
+    LLMPAR__ZEROED(llmpar_run, run);
+    LLMPAR__NEED(t, NULL);
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
     if (status) return status;
@@ -153,8 +151,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         t->gradient_file = NULL;
     }
     if (!status && t->desc.dtype == LLMPAR_F16 && !t->count_only) {
-        llmpar_error why;
-        llmpar_error_clear(&why);
+        LLMPAR__NO_ERROR(why);
         status = llmpar_loss_scale_update(&t->scale, run.found_inf, &why);
         if (status) llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, why.text);
     }
@@ -178,18 +175,16 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
 static llmpar_status llmpar__trainer_trace_text(void *user, const char *text, size_t bytes)
 {
     llmpar_trainer *t = (llmpar_trainer *)user;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_writer_write(t->trace_file, text, bytes, &error);
     return status ? llmpar_fail(t->ctx, status, "%s", error.text) : LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
 {
-    llmpar_error error;
     llmpar_status status = LLMPAR_OK;
-    llmpar_error_clear(&error);
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NO_ERROR(error);
+    LLMPAR__NEED(t, NULL);
     if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
     if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->ctx->io, t->desc.trace, &t->trace_file, &error);
     if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
@@ -205,15 +200,14 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
 LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
 {
     *loss = 0;
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->desc.data || !t->data.eval_windows) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no held-out sequences to evaluate on");
     int64_t limit = max_sequences > 0 && max_sequences < t->data.eval_windows ? max_sequences : t->data.eval_windows, tokens = 0;
     double sum = 0;
     llmpar_status status = LLMPAR_OK;
     /* Groups as large as a training batch; the last one is filled up with sequences that do not count. */
     for (int64_t first = 0; first < limit && !status; first += t->desc.batch) {
-        llmpar_run run;
-        memset(&run, 0, sizeof run);
+        LLMPAR__ZEROED(llmpar_run, run);
         status = llmpar__trainer_tokens(t, first, 1, limit, &run.tokens);
         run.micro = t->micro;
         if (!status) status = llmpar_fsdp_run(t->fsdp, t->eval->list, t->eval->count, &run);

@@ -91,7 +91,7 @@ LLMPAR_API llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *desc, 
 /* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken.
    With desc.resume it comes back as the checkpoint was; LLMPAR_ERR_CONFIG, LLMPAR_ERR_SHAPE: that is of another run (model, optimizer, batch, seq_len, seed, length of the text; learning rate, mesh and policies may differ). Collective. */
 LLMPAR_API llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out);
-LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* NULL is fine; local */
+LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* local */
 /* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step (not with updates inside backward, which have begun by then). Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_step *out);
 /* Steps made so far, those before a resume too. Local. */

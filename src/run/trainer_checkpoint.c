@@ -41,7 +41,7 @@ static llmpar_status llmpar__resume_report(llmpar_trainer *t, const llmpar_error
 LLMPAR_DEF llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *t)
 {
     llmpar_checkpoint_info info;
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     llmpar_error earlier = t->ctx->error;
     if (!t->checkpoint) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no directory of checkpoints was given");
     llmpar__trainer_forget(&t->ctx->error);
@@ -171,8 +171,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
     if (status) return status;
     if (resume && !strcmp(resume, "auto")) return llmpar__resume_auto(t);
     if (resume) {
-        llmpar_error error;
-        llmpar_error_clear(&error);
+        LLMPAR__NO_ERROR(error);
         if (llmpar__checkpoint_step(resume) >= 0 && t->desc.checkpoint) status = llmpar__checkpoint_path(path, &error, "%s/%s", t->desc.checkpoint, resume);
         else status = llmpar__resume_named(t, resume, path, &error);
         status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoint named");

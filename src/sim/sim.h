@@ -10,7 +10,7 @@
 
 /* A device that stands for `of` (borrowed, only asked for workspaces). heap and error are those of the rank's simulated ctx. Local. */
 LLMPAR_API llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out);
-LLMPAR_API void llmpar_sim_device_destroy(llmpar_device *device); /* NULL is fine; local */
+LLMPAR_API void llmpar_sim_device_destroy(llmpar_device *device); /* local */
 /* A communicator that stands for `of`. own: 1: `of` is destroyed with it. Local. */
 LLMPAR_API llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out);
 

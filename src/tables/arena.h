@@ -32,7 +32,7 @@ LLMPAR_API llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, ll
    so much in one piece, nothing happens. How much serves: the extent that the same requests had in an arena with more than enough, as llmpar_plan_memory counts it. The arena's, until it is destroyed. LLMPAR_ERR_MEMORY: no host
    memory for an entry. Local. */
 LLMPAR_API llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t bytes);
-/* NULL is fine. Blocks still live are freed too. */
+/* Blocks still live are freed too. */
 LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
 /* Aligned, uninitialised. label names the buffer in messages ("layers.3 saved"); it is borrowed and must outlive the block. LLMPAR_ERR_MEMORY names tag, label, request, limit and the
    live bytes of every tag. 0 bytes give a valid pointer. Local. */

@@ -229,8 +229,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_
 LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.tag = tag ? tag : "";
     if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
     if (!st) comm->sequence++;
@@ -252,8 +251,7 @@ LLMPAR__COMM_ONE(recv, LLMPAR_CALL_RECV)
 
 static llmpar_status llmpar__comm_one_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.tag = tag;
     return comm->collective(comm, stream, &call, (int32_t)LLMPAR_CALL_BARRIER);
 }
@@ -276,10 +274,9 @@ LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int
     *out = NULL;
     llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
     if (st) return st;
-    llmpar_collective call;
     llmpar_call described;
     llmpar__comm_mark mark;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.tag = name ? name : "";
     llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
     if (mark.id) llmpar_record_started(mark.record, mark.id);

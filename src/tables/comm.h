@@ -82,6 +82,6 @@ LLMPAR_API llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *str
 LLMPAR_API llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 LLMPAR_API llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 LLMPAR_API llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
-LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* NULL is fine; local */
+LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* local */
 
 #endif

@@ -87,6 +87,7 @@ LLMPAR_DEF llmpar_status llmpar_order_wait(llmpar_order *order) { return order->
 
 LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
 {
+    if (!order) return;
     if (order->event) order->device->event_destroy(order->device, order->event);
     order->device = NULL;
     order->event = NULL;
@@ -100,8 +101,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_done(llmpar_device *device, llm
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
 {
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_cast_args, args);
     args.count = count;
     args.in = in;
     args.in_dtype = from;

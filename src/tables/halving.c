@@ -55,6 +55,7 @@ LLMPAR_DEF int llmpar_halving_make(llmpar_heap *heap, int32_t ranks, int32_t ran
 
 LLMPAR_DEF void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving)
 {
+    if (!halving) return;
     llmpar_heap_free(heap, halving->level);
     memset(halving, 0, sizeof *halving);
 }

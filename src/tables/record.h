@@ -64,7 +64,7 @@ LLMPAR_API size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
 
 /* timeout_ms: the deadline, for the dump; 0 none. The rank's heap; LLMPAR_ERR_MEMORY. Local, as all of these. */
 LLMPAR_API llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out);
-LLMPAR_API void llmpar_record_destroy(llmpar_record *record); /* NULL is fine; after the communicators attached to it */
+LLMPAR_API void llmpar_record_destroy(llmpar_record *record); /* after the communicators attached to it */
 /* From now on the wrappers enter comm's calls. world_rank[comm->ranks] (copied): its members. Communicators of equal axis and members are one group with one count of calls. LLMPAR_ERR_MEMORY. */
 LLMPAR_API llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank);
 /* For the wrappers: enters *call (sets number and rank), state "scheduled"; returns its id for the marks. group: comm->group. */

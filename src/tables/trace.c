@@ -275,8 +275,7 @@ static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
 LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user)
 {
     llmpar_device *device = world->device;
-    llmpar__trace_out out;
-    memset(&out, 0, sizeof out);
+    LLMPAR__ZEROED(llmpar__trace_out, out);
     out.trace = trace;
     out.world = world;
     out.sink = sink;

@@ -27,7 +27,7 @@ typedef llmpar_status (*llmpar_trace_sink)(void *user, const char *text, size_t 
 
 /* limit: spans and memory counts that are kept; default 0 = 262144, about 130 bytes each. Further ones are not recorded, and the trace says how many. Uses the heap of ctx, whose rank it is. Local. */
 LLMPAR_API llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out);
-LLMPAR_API void llmpar_trace_destroy(llmpar_trace *trace); /* NULL is fine; when all streams are done */
+LLMPAR_API void llmpar_trace_destroy(llmpar_trace *trace); /* when all streams are done */
 /* Names a lane. Local, as the next ones; all of them do nothing where trace is NULL. */
 LLMPAR_API void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name);
 /* Enqueues the span's begin on stream; *id is for its end. Spans of one lane follow each other or lie inside each other. */

@@ -80,6 +80,7 @@ static void llmpar__data_copy(const llmpar_data *data, int64_t start, int32_t *t
 LLMPAR_DEF llmpar_status llmpar_data_sequence(void *data, int64_t global_index, int32_t *tokens)
 {
     const llmpar_data *d = (const llmpar_data *)data;
+    LLMPAR__NEED(d, NULL);
     if (global_index < 0) return LLMPAR_ERR_ARGUMENT;
     int64_t epoch = global_index / d->windows;
     int64_t phase = (int64_t)(llmpar__data_random(d->seed, llmpar__data_phase_name, epoch, 0) % (uint64_t)d->phases);
@@ -90,6 +91,7 @@ LLMPAR_DEF llmpar_status llmpar_data_sequence(void *data, int64_t global_index, 
 
 LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int64_t index, int32_t *tokens)
 {
+    LLMPAR__NEED(data, NULL);
     if (index < 0 || index >= data->eval_windows) return LLMPAR_ERR_ARGUMENT;
     llmpar__data_copy(data, data->train_count + index * data->seq_len, tokens);
     return LLMPAR_OK;

@@ -29,6 +29,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int3
 
 LLMPAR_DEF void llmpar_tp_destroy(llmpar_tp *tp)
 {
+    if (!tp) return;
     llmpar_comm_destroy(tp->kv);
     tp->kv = NULL;
 }
@@ -192,8 +193,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
 LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate,
                                                    llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
 {
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_gemm_args, args);
     if (leaves < 1 || rows % leaves) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %lld leaves do not divide %lld rows", (long long)leaves, (long long)rows);
     llmpar_status status = llmpar__tp_leaves(tp, rows, leaves, dy, lddy, x, ldx, dtype, &args);
     if (status) return status;
@@ -210,8 +210,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_s
 
 LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype)
 {
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_gemm_args, args);
     if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return SIZE_MAX;
     args.m = out_dim;
     args.n = args.ldc = in_dim;
