@@ -1,5 +1,5 @@
 #!/bin/bash
-# The CUDA device as nvcc builds it, without a GPU: no warnings, no spills in hot kernels; every program of it links, those with NCCL where there is one, and says cleanly that there is no device.
+# The CUDA device as nvcc builds it, without a GPU: no warnings, no spills in hot kernels, no more instructions in their loops than are known; every program of it links, those with NCCL where there is one, and says cleanly that there is no device.
 # tools/check_cuda.sh [NVCC]; the compiler's report is build/cuda_ci/ptxas.log.
 nvcc=${1:-nvcc}
 folder=build/cuda_ci
@@ -29,6 +29,17 @@ awk -v slow='llmpar__cuda_simple_(keys|queries)' '
         for (a in kernels) printf "  %s: %d kernels, at most %d registers (%s)\n", a, kernels[a], most[a], by[a]
         exit spills > 0 || !length(kernels)
     }' $folder/ptxas.log && good "no hot kernel spills registers" || bad "registers: see above"
+
+# Main loops of the kernels on the matrix units. CUOBJDUMP: where that is, if neither beside nvcc nor in the path.
+loops() { awk -v allowed=tools/sass_allowed.txt -f tools/sass.awk "$@"; }
+disassemble=${CUOBJDUMP:-$(command -v "$(dirname "$(command -v "$nvcc")")/cuobjdump" || command -v cuobjdump)}
+if [ -z "$disassemble" ]; then echo "skipped: no cuobjdump: main loops are not counted"
+elif ! "$disassemble" -sass $folder/llmpar_cuda.o >$folder/sass.txt 2>$folder/sass.log; then bad "cuobjdump: $(head -n 1 $folder/sass.log)"
+elif ! loops $folder/sass.txt; then bad "main loops: see above"
+else
+    good "main loops issue no more than tools/sass_allowed.txt allows"
+    if sed 's/MUFU\.EX2/LDL/' $folder/sass.txt | loops >/dev/null; then bad "local memory in a main loop is not noticed"; else good "local memory in a main loop is noticed"; fi
+fi
 
 # Refused: what would change the bits.
 for flag in --use_fast_math --ftz=true; do

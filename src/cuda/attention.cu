@@ -27,10 +27,12 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     const uint16_t **mine = (const uint16_t **)(void *)(values + TILE * E) + threadIdx.x; /* of keys, then of values: sums take all registers */
     const float least = llmpar__cuda_minus_infinity();
     const int position = offset + p.first + warp * 32, limit = offset + min(p.first + ROWS, a.tq); /* of the warp's first row; the end of the block's */
+    uint32_t own[2][E / 16][4]; /* the warp's queries, where registers have room for them: reading shared memory takes about as long as the products */
     float out[2][E / 8][4], top[2][2], total[2][2];
     mine[0] = llmpar__cuda_tile_mine<E>(k, a.ldk);
     mine[LLMPAR__CUDA_ATTENTION_THREADS] = llmpar__cuda_tile_mine<E>(v, a.ldv);
     llmpar__cuda_tile_load<E, ROWS>(queries, llmpar__cuda_tile_mine<E>((const uint16_t *)a.q + p.b * a.tq * a.ldq + (int64_t)p.h * E, a.ldq), a.ldq, p.first, a.tq, a.wide);
+    llmpar__cu_copy_async_commit();
 #pragma unroll
     for (int m = 0; m < 2; m++) {
         top[m][0] = top[m][1] = least;
@@ -45,6 +47,12 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
         high = llmpar__cuda_document_run(start, low, limit);
         llmpar__cuda_tile_load<E, TILE>(keys, mine[0], a.ldk, begin, high, a.wide);
         llmpar__cu_copy_async_commit();
+        if (E == 64) {
+            llmpar__cu_copy_async_wait<1>();
+            __syncthreads();
+#pragma unroll
+            for (int x = 0; x < 2 * E / 16; x++) llmpar__cuda_tile_a<E>(own[x % 2][x / 2], queries, down, warp * 32 + 16 * (x % 2), x / 2);
+        }
 #pragma unroll 1
         for (int first = begin; first < high; first += TILE) {
             /* rows above the diagonal and those of other documents take no part; both are whole warps most of the time */
@@ -62,15 +70,16 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll 4
                 for (int x = 0; x < E / 16; x++) {
                     uint32_t left[2][4], right[4];
-                    llmpar__cuda_tile_a<E>(left[0], queries, down, warp * 32, x);
-                    llmpar__cuda_tile_a<E>(left[1], queries, down, warp * 32 + 16, x);
+#pragma unroll
+                    for (int m = 0; m < 2; m++)
+                        if (E > 64) llmpar__cuda_tile_a<E>(left[m], queries, down, warp * 32 + 16 * m, x);
 #pragma unroll
                     for (int n = 0; n < 4; n++) {
                         llmpar__cuda_tile_b<E>(right, keys, across, 16 * n, x);
 #pragma unroll
                         for (int m = 0; m < 2; m++) {
-                            llmpar__cuda_attention_mma(Type(), s[m][2 * n], left[m], right);
-                            llmpar__cuda_attention_mma(Type(), s[m][2 * n + 1], left[m], right + 2);
+                            llmpar__cuda_attention_mma(Type(), s[m][2 * n], E > 64 ? left[m] : own[m][x], right);
+                            llmpar__cuda_attention_mma(Type(), s[m][2 * n + 1], E > 64 ? left[m] : own[m][x], right + 2);
                         }
                     }
                 }

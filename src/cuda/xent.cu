@@ -79,7 +79,12 @@ template <typename T> static __device__ __forceinline__ float llmpar__cuda_xent_
             const int64_t left = count - c - j * step;
             llmpar__cuda_unpack<T>(v, raw[j]);
 #pragma unroll
-            for (int k = 0; k < width; k++) v[k] = k < left ? llmpar__cuda_exp(__fsub_rn(v[k], most)) : 0.0f;
+            for (int k = 0; k < width; k++) v[k] = llmpar__cuda_exp(__fsub_rn(v[k], most));
+            if (left < width) { /* behind the numbers: a question for each of them would be a branch for each */
+#pragma unroll
+                for (int k = 0; k < width; k++)
+                    if (k >= left) v[k] = 0;
+            }
 #pragma unroll
             for (int half = width / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -148,9 +153,10 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
             float v[width];
             if (at >= 0 && at + width <= end) {
                 if (counted) {
+                    const int hit = target - at >= 0 && target - at < width ? (int)(target - at) : -1; /* one comparison of 64 bits, not one a number */
                     llmpar__cuda_unpack<T>(v, raw[j]);
 #pragma unroll
-                    for (int k = 0; k < width; k++) v[k] = llmpar__cuda_xent_gradient<T>(v[k], most, inverse, scale, at + k == target);
+                    for (int k = 0; k < width; k++) v[k] = llmpar__cuda_xent_gradient<T>(v[k], most, inverse, scale, k == hit);
                     raw[j] = llmpar__cuda_pack<T>(v);
                 }
                 *(llmpar__cuda_16 *)(void *)(x + at) = raw[j];
