@@ -48,6 +48,9 @@ DO THIS
     The ranks are threads of your process, or processes of mpirun (LLMPAR_USE_MPI below). Every call that takes a ctx, or an object made from one, is collective -
     all ranks make it, in the same order - unless its comment says local.
 
+    NULL for an object, desc or path, where no comment allows it, is refused in the chapters io to run: LLMPAR_ERR_ARGUMENT, or 0
+    or NULL from what has no status. What destroys, closes or frees takes NULL. The chapters below, and void functions, do not look.
+
 OPTIONS (define before the #include; where not said otherwise, in the file with LLMPAR_IMPLEMENTATION)
 
     LLMPAR_IMPLEMENTATION   this file gets the functions
@@ -173,6 +176,8 @@ fsdp - optim - io - text - model - model_io - run. Each declaration says its sha
 #define LLMPAR_DEF
 #endif
 
+/* A variable with its empty value. */
+#define LLMPAR__ZEROED(type, name) type name; memset(&name, 0, sizeof name)
 #define LLMPAR_RESTRICT __restrict
 #define LLMPAR_PRINTF(format_index, first) __attribute__((format(printf, format_index, first)))
 
@@ -233,6 +238,10 @@ LLMPAR_API const char *llmpar_status_string(llmpar_status status);
    Text longer than the buffer is cut and ends in "...". Not thread-safe for one *error. */
 LLMPAR_API llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...) LLMPAR_PRINTF(3, 4);
 
+#define LLMPAR__NO_ERROR(name) llmpar_error name; llmpar_error_clear(&name)
+/* A NULL where the manual refuses it. */
+#define LLMPAR__NEED(what, error) if (!(what)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: NULL, expected " #what, __func__)
+
 /* Back to "no error" (status OK, rank -1, empty texts). */
 LLMPAR_API void llmpar_error_clear(llmpar_error *error);
 
@@ -266,7 +275,6 @@ LLMPAR_API void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
 LLMPAR_API void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size);
 /* A copy of a zero-terminated string, or NULL. */
 LLMPAR_API char *llmpar_heap_strdup(llmpar_heap *heap, const char *text);
-/* memory may be NULL. */
 LLMPAR_API void llmpar_heap_free(llmpar_heap *heap, void *memory);
 
 /* ==== src/base/size.h ==== */
@@ -897,7 +905,7 @@ LLMPAR_API llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *str
 LLMPAR_API llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 LLMPAR_API llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 LLMPAR_API llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
-LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* NULL is fine; local */
+LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* local */
 
 /* ==== src/tables/backend.h ==== */
 /* backend: what ranks compute and communicate with where that is not the CPU and the launch's own transport. A launch desc names one; llmpar_cuda_backend and llmpar_nccl_backend fill one, or a user does. */
@@ -983,7 +991,7 @@ LLMPAR_API size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
 
 /* timeout_ms: the deadline, for the dump; 0 none. The rank's heap; LLMPAR_ERR_MEMORY. Local, as all of these. */
 LLMPAR_API llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out);
-LLMPAR_API void llmpar_record_destroy(llmpar_record *record); /* NULL is fine; after the communicators attached to it */
+LLMPAR_API void llmpar_record_destroy(llmpar_record *record); /* after the communicators attached to it */
 /* From now on the wrappers enter comm's calls. world_rank[comm->ranks] (copied): its members. Communicators of equal axis and members are one group with one count of calls. LLMPAR_ERR_MEMORY. */
 LLMPAR_API llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank);
 /* For the wrappers: enters *call (sets number and rank), state "scheduled"; returns its id for the marks. group: comm->group. */
@@ -1056,7 +1064,7 @@ LLMPAR_API llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, ll
    so much in one piece, nothing happens. How much serves: the extent that the same requests had in an arena with more than enough, as llmpar_plan_memory counts it. The arena's, until it is destroyed. LLMPAR_ERR_MEMORY: no host
    memory for an entry. Local. */
 LLMPAR_API llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t bytes);
-/* NULL is fine. Blocks still live are freed too. */
+/* Blocks still live are freed too. */
 LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
 /* Aligned, uninitialised. label names the buffer in messages ("layers.3 saved"); it is borrowed and must outlive the block. LLMPAR_ERR_MEMORY names tag, label, request, limit and the
    live bytes of every tag. 0 bytes give a valid pointer. Local. */
@@ -1097,7 +1105,7 @@ typedef struct llmpar_cpu_desc {
 /* heap and error are borrowed and belong to the rank. LLMPAR_ERR_UNSUPPORTED if the processor lacks the level. Worker threads are named as the caller's thread with "w1" .. appended.
    Sets flush-to-zero state off on the workers. Local. */
 LLMPAR_API llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out);
-LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* NULL is fine; waits for streams with threads, joins these and the workers */
+LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* waits for streams with threads, joins these and the workers */
 
 /* Chapter: comm */
 /* ==== src/comm/threads.h ==== */
@@ -1116,7 +1124,7 @@ typedef struct llmpar_threads_desc {
 
 /* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */
 LLMPAR_API llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const llmpar_threads_desc *desc, llmpar_threads_world **out, llmpar_error *error);
-LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* NULL is fine; after all rank threads ended */
+LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* after all rank threads ended */
 /* The first failure of any rank (root cause, never LLMPAR_ERR_PEER), status OK if none. */
 LLMPAR_API void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_error *out);
 /* The world communicator of one rank; called once by each rank thread. The rank's memory comes from its own heap; device and error are the rank's. Local. */
@@ -1193,7 +1201,7 @@ LLMPAR__MPI_API void llmpar_mpi_world_destroy(llmpar_mpi_world *world); /* NULL 
 
 /* A device that stands for `of` (borrowed, only asked for workspaces). heap and error are those of the rank's simulated ctx. Local. */
 LLMPAR_API llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out);
-LLMPAR_API void llmpar_sim_device_destroy(llmpar_device *device); /* NULL is fine; local */
+LLMPAR_API void llmpar_sim_device_destroy(llmpar_device *device); /* local */
 /* A communicator that stands for `of`. own: 1: `of` is destroyed with it. Local. */
 LLMPAR_API llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out);
 
@@ -1223,7 +1231,7 @@ LLMPAR_API const char *llmpar_axis_name(llmpar_axis axis); /* "dp_replicate", "d
 LLMPAR_API llmpar_status llmpar_mesh_desc_resolve(llmpar_mesh_desc *desc, int32_t world, llmpar_error *error);
 /* Collective over the world. Also fills ctx->error.where for later errors of this rank. */
 LLMPAR_API llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_desc *desc, llmpar_mesh **out);
-LLMPAR_API void llmpar_mesh_destroy(llmpar_mesh *mesh); /* NULL is fine; local */
+LLMPAR_API void llmpar_mesh_destroy(llmpar_mesh *mesh); /* local */
 /* World rank of a coordinate. Local. */
 LLMPAR_API int32_t llmpar_mesh_rank_at(const llmpar_mesh *mesh, const int32_t coordinate[LLMPAR_MESH_AXES]);
 /* Writes a picture of the mesh (rows: data coordinates, columns: tp) into text, cut at capacity; returns bytes needed without the NUL. Local. */
@@ -1618,7 +1626,7 @@ typedef llmpar_status (*llmpar_trace_sink)(void *user, const char *text, size_t 
 
 /* limit: spans and memory counts that are kept; default 0 = 262144, about 130 bytes each. Further ones are not recorded, and the trace says how many. Uses the heap of ctx, whose rank it is. Local. */
 LLMPAR_API llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out);
-LLMPAR_API void llmpar_trace_destroy(llmpar_trace *trace); /* NULL is fine; when all streams are done */
+LLMPAR_API void llmpar_trace_destroy(llmpar_trace *trace); /* when all streams are done */
 /* Names a lane. Local, as the next ones; all of them do nothing where trace is NULL. */
 LLMPAR_API void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name);
 /* Enqueues the span's begin on stream; *id is for its end. Spans of one lane follow each other or lie inside each other. */
@@ -1712,7 +1720,7 @@ typedef struct llmpar_run {
 
 /* Allocates the shards (initialised by seed and name; no rank ever holds a whole tensor) and streams. Borrows mesh; copies units' names and params; borrows their callbacks. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out);
-LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local */
+LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* local */
 /* Runs a list over this step's data. The list must be valid (llmpar_schedule_validate) and the same on all ranks. LLMPAR_ERR_NONFINITE when loss or norm is not finite: names the first non-finite tensor,
    and parameters are unchanged, except in UPDATE_INSIDE, where updates have begun by then. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
@@ -1857,7 +1865,7 @@ LLMPAR_API llmpar_update_when llmpar_optim_update_when(const llmpar_optim_desc *
 /* Borrows fsdp, whose desc asked for llmpar_optim_states. ADALOMO takes its state from fsdp's arena (OPTIMIZER) and, where parameters are cut, a communicator of the ranks that share them.
    LLMPAR_ERR_ARGUMENT for values out of range or missing states. Collective. */
 LLMPAR_API llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_optim_desc *desc, llmpar_optim **out);
-LLMPAR_API void llmpar_optim_destroy(llmpar_optim *optim); /* NULL is fine; before the fsdp object; local */
+LLMPAR_API void llmpar_optim_destroy(llmpar_optim *optim); /* before the fsdp object; local */
 /* The table for llmpar_run; valid as long as optim. Local. */
 LLMPAR_API const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim);
 /* Learning rate of the coming update; its number is one more than updates so far. Local. */
@@ -1975,7 +1983,7 @@ typedef struct llmpar_llama_desc {
 LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out);
 /* A model of the same desc in another ctx, before any llmpar_llama_apply. Local. */
 LLMPAR_API llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out);
-LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
+LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* after the fsdp object made from its units; local */
 LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
 LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
 /* The units, owned by the model. Their `recompute`: SELECTIVE keeps all but the norms' outputs of the blocks (the two ends keep what they keep, and attention the normalised q and k), FULL is for any unit but the last; set it before the units are handed to FSDP. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */
@@ -2058,7 +2066,7 @@ LLMPAR_API llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_erro
 LLMPAR_API void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, uint64_t *xxh64);
 /* Sync, close, rename, sync of the directory. Destroys the writer in any case; on failure the .tmp file is removed. */
 LLMPAR_API llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error);
-/* Closes and removes the .tmp file. NULL is fine. */
+/* Closes and removes the .tmp file. */
 LLMPAR_API void llmpar_writer_abandon(llmpar_writer *writer);
 
 /* Creates a directory (parents must exist) unless it is there; checks that it can be written. */
@@ -2075,6 +2083,8 @@ LLMPAR_API llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path
 /* The same of the system's files. */
 LLMPAR_API int llmpar_is_directory(const char *path);
 LLMPAR_API int llmpar_is_file(const char *path);
+
+#define LLMPAR__AGAIN(call, ...) do number = io->call(io->user, __VA_ARGS__); while (number == EINTR)
 
 /* ==== src/io/safetensors.h ==== */
 /* safetensors: reader (validated as the format's reference does, and stricter) and writer.
@@ -2107,7 +2117,7 @@ LLMPAR_API llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const
 /* to[bytes] = the tensor's bytes from `offset` (in bytes, as they stand in the file), just these. LLMPAR_ERR_ARGUMENT: outside the tensor; LLMPAR_ERR_IO: cannot read, or the file has become
    shorter. Several threads may read. Local. */
 LLMPAR_API llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error);
-LLMPAR_API void llmpar_safetensors_close(llmpar_safetensors *file); /* NULL is fine */
+LLMPAR_API void llmpar_safetensors_close(llmpar_safetensors *file);
 LLMPAR_API const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name); /* NULL if absent */
 
 /* What the writer refuses of tensors (name, dtype, dims, shape), without writing. LLMPAR_ERR_ARGUMENT, LLMPAR_ERR_SHAPE, LLMPAR_ERR_OVERFLOW; path for messages. */
@@ -2121,7 +2131,7 @@ LLMPAR_API llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writ
 LLMPAR_API llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error); /* destroys it */
 LLMPAR_API llmpar_status llmpar_safetensors_writer_settle(llmpar_safetensors_writer *writer, llmpar_error *error); /* commit without the directory's sync and the destruction: see llmpar_writer_settle */
 LLMPAR_API void llmpar_safetensors_writer_sum(const llmpar_safetensors_writer *writer, uint64_t *bytes, uint64_t *xxh64); /* of the file so far */
-LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer); /* NULL is fine */
+LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer);
 
 /* Chapter: text */
 /* ==== src/text/data.h ==== */
@@ -2200,7 +2210,7 @@ typedef struct llmpar_hf_files {
 /* Where there are both, model.safetensors is taken, as transformers does. Each tensor stands in exactly the file that the index says, and in no other; nothing else does; metadata.total_size, where it is stated, is the sum
    of their bytes. Reads headers only. LLMPAR_ERR_IO; LLMPAR_ERR_FORMAT names file and tensor; else what the files' own headers are refused with. Owned by the caller. */
 LLMPAR_API llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error);
-LLMPAR_API void llmpar_hf_files_close(llmpar_hf_files *files); /* NULL is fine */
+LLMPAR_API void llmpar_hf_files_close(llmpar_hf_files *files);
 /* NULL if no file has it; else *file is the one that does. */
 LLMPAR_API const llmpar_safetensor *llmpar_hf_files_find(const llmpar_hf_files *files, const char *name, const llmpar_safetensors **file);
 
@@ -2215,7 +2225,7 @@ typedef struct llmpar_hf_writer llmpar_hf_writer;
 LLMPAR_API llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const void *data, size_t bytes, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error); /* destroys it in any case */
-LLMPAR_API void llmpar_hf_writer_abandon(llmpar_hf_writer *writer);                               /* NULL is fine; removes what it made */
+LLMPAR_API void llmpar_hf_writer_abandon(llmpar_hf_writer *writer);                               /* removes what it made */
 
 /* ==== src/model_io/hf.h ==== */
 /* hf: Hugging Face directories: config.json and weights, read into any mesh and written from any mesh. */
@@ -2246,7 +2256,7 @@ typedef struct llmpar_tensor_file llmpar_tensor_file;
 LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out);
 LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
 LLMPAR_API llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file);                                         /* collective; destroys it */
-LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* NULL is fine; local */
+LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* local */
 
 /* ==== src/model_io/checkpoint.h ==== */
 /* checkpoint: the whole state of a training run in a directory, written so that whatever happens, the newest complete one is whole; read into any mesh, ZeRO stage and wrapping (docs/checkpoints.md).
@@ -2288,7 +2298,7 @@ LLMPAR_API llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_opti
 LLMPAR_API llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *checkpoint, const llmpar_checkpoint_info *info);
 /* A save in the background: has every rank written its part? Then it is committed here, or its error returned. wait: until it is so. Nothing under way: LLMPAR_OK. Collective. */
 LLMPAR_API llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *checkpoint, int wait);
-/* Waits for this rank's own thread; a save that no poll has ended stays a step-N.tmp. NULL is fine. Local. */
+/* Waits for this rank's own thread; a save that no poll has ended stays a step-N.tmp. Local. */
 LLMPAR_API void llmpar_checkpoint_destroy(llmpar_checkpoint *checkpoint);
 
 /* The largest complete step below `below` in a directory, -1: none (or no directory). Collective. */
@@ -2432,7 +2442,7 @@ LLMPAR_API llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *desc, 
 /* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken.
    With desc.resume it comes back as the checkpoint was; LLMPAR_ERR_CONFIG, LLMPAR_ERR_SHAPE: that is of another run (model, optimizer, batch, seq_len, seed, length of the text; learning rate, mesh and policies may differ). Collective. */
 LLMPAR_API llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out);
-LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* NULL is fine; local */
+LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* local */
 /* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step (not with updates inside backward, which have begun by then). Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_step *out);
 /* Steps made so far, those before a resume too. Local. */
@@ -8820,8 +8830,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_
 LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.tag = tag ? tag : "";
     if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
     if (!st) comm->sequence++;
@@ -8843,8 +8852,7 @@ LLMPAR__COMM_ONE(recv, LLMPAR_CALL_RECV)
 
 static llmpar_status llmpar__comm_one_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.tag = tag;
     return comm->collective(comm, stream, &call, (int32_t)LLMPAR_CALL_BARRIER);
 }
@@ -8867,10 +8875,9 @@ LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int
     *out = NULL;
     llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
     if (st) return st;
-    llmpar_collective call;
     llmpar_call described;
     llmpar__comm_mark mark;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.tag = name ? name : "";
     llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
     if (mark.id) llmpar_record_started(mark.record, mark.id);
@@ -10209,8 +10216,7 @@ static llmpar_status llmpar__threads_run(void *arg)
 
 static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
-    llmpar__threads_job job;
-    memset(&job, 0, sizeof job);
+    LLMPAR__ZEROED(llmpar__threads_job, job);
     job.tc = (llmpar__threads_comm *)comm->state;
     llmpar_call_describe(comm, (llmpar_call_op)op, given, &job.call.what);
     if (job.call.what.rank < 0) job.call.what.rank = job.tc->world_rank;
@@ -11762,8 +11768,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
 
 static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
-    llmpar__mpi_job job;
-    memset(&job, 0, sizeof job);
+    LLMPAR__ZEROED(llmpar__mpi_job, job);
     job.tc = (llmpar__mpi_comm *)comm->state;
     job.send = given->send;
     job.recv = given->recv;
@@ -12128,8 +12133,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         if (w > most) most = w;
     }
     if (!llmpar__session_streams(g)) return most;
-    llmpar_interleave_args turn;
-    memset(&turn, 0, sizeof turn);
+    LLMPAR__ZEROED(llmpar_interleave_args, turn);
     turn.k = s->f > s->h * s->e ? s->f : s->h * s->e; /* of the widest weight */
     if (turn.k < s->d) turn.k = s->d;
     turn.dtype = g->dtype;
@@ -12139,7 +12143,6 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
 
 static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t capacity, llmpar__session *g)
 {
-    llmpar_micro micro;
     memset(g, 0, sizeof *g);
     g->model = model;
     g->fsdp = fsdp;
@@ -12155,7 +12158,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->rows = rows;
     g->head_rows = head_rows;
     g->capacity = capacity;
-    memset(&micro, 0, sizeof micro);
+    LLMPAR__ZEROED(llmpar_micro, micro);
     micro.batch = 1;
     micro.t = rows;
     micro.leaves = 1;
@@ -12285,9 +12288,8 @@ static llmpar_status llmpar__session_linear(const llmpar__session *g, int64_t co
 /* out[count, heads*E] (q, or the place of k in the cache) of its product, which may be there: norm over heads if there is one, rope. */
 static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *product, const void *norm, void *out)
 {
-    llmpar_rope_args rope;
     llmpar_status status = LLMPAR_OK;
-    memset(&rope, 0, sizeof rope);
+    LLMPAR__ZEROED(llmpar_rope_args, rope);
     rope.batch = 1;
     rope.t = count;
     rope.heads = heads;
@@ -12309,7 +12311,6 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     const llmpar_llama_config *c = &g->model->config;
     void *p[LLMPAR__BLOCK_PARAMS];
     llmpar_attention_args attention;
-    llmpar_swiglu_args swiglu;
     llmpar_tp_operand row;
     llmpar_add_args add;
     llmpar_status status = llmpar__session_params(g, layer, p);
@@ -12335,7 +12336,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
     if (!status) status = llmpar__session_linear(g, count, two ? 2 * s->f : s->f, p[LLMPAR__GATE], NULL, g->gate);
     if (!status && !two) status = llmpar__session_linear(g, count, s->f, p[LLMPAR__UP], NULL, up);
-    memset(&swiglu, 0, sizeof swiglu);
+    LLMPAR__ZEROED(llmpar_swiglu_args, swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = g->gate;
@@ -12363,13 +12364,12 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     const llmpar_llama_config *c = &g->model->config;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     void *norm = NULL, *weight = NULL;
-    llmpar_collective call;
     llmpar_status status = llmpar__session_head_params(g, &norm, &weight);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
     status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, norm, NULL, g->h, g->rstd);
     if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->v, g->h, weight, g->interleaved > 0, NULL, g->logits, widest, g->workspace, g->workspace_bytes);
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.send = g->logits;
     call.recv = g->gathered;
     call.count = (size_t)(count * widest);
@@ -12391,10 +12391,9 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
 static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row)
 {
     const llmpar__shape *s = &g->s;
-    llmpar_copy_rows_args args;
     int64_t together = llmpar_device_interleaved_rows(g->device, g->dtype), words = s->d * (int64_t)s->size / 4;
     if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, g->x, (size_t)words * 4);
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_copy_rows_args, args);
     args.rows = words;
     args.width = args.ld_out = 1;
     args.size = 4;
@@ -12408,14 +12407,13 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 {
     const llmpar_llama_config *c = &g->model->config;
     void *const *table = NULL;
-    llmpar_embedding_args args;
     for (int64_t i = 0; i < count; i++)
         if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
     llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
     memcpy(g->host_ids + position, ids, (size_t)count * sizeof *ids); /* each position once: the stream may yet read what was written before */
     if (!status) status = g->device->copy(g->device, g->stream, g->ids, g->host_ids + position, (size_t)count * sizeof *ids);
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_embedding_args, args);
     args.rows = count;
     args.dim = g->s.d;
     args.v_begin = g->s.v_begin;
@@ -12433,7 +12431,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
 {
     llmpar__session g;
-    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(model && fsdp, NULL);
     if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, count, &g);
@@ -12535,7 +12533,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
     llmpar__session g;
     *count = 0;
-    if (!model || !fsdp) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(model && fsdp, NULL);
     const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
     int32_t tokens = desc->tokens ? desc->tokens : 128;
@@ -12832,8 +12830,7 @@ LLMPAR__PRIVATE_DEF int llmpar__processors_stay(const llmpar__processors *set)
 
 LLMPAR__PRIVATE_DEF int llmpar__processors_stay_on(int32_t processor)
 {
-    llmpar__processors one;
-    memset(&one, 0, sizeof one);
+    LLMPAR__ZEROED(llmpar__processors, one);
     one.mask[processor / 64] = (uint64_t)1 << (processor % 64);
     one.count = 1;
     return llmpar__processors_stay(&one);
@@ -12924,6 +12921,7 @@ LLMPAR_DEF llmpar_status llmpar_order_wait(llmpar_order *order) { return order->
 
 LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
 {
+    if (!order) return;
     if (order->event) order->device->event_destroy(order->device, order->event);
     order->device = NULL;
     order->event = NULL;
@@ -12937,8 +12935,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_done(llmpar_device *device, llm
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
 {
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_cast_args, args);
     args.count = count;
     args.in = in;
     args.in_dtype = from;
@@ -13032,6 +13029,7 @@ LLMPAR_DEF int llmpar_halving_make(llmpar_heap *heap, int32_t ranks, int32_t ran
 
 LLMPAR_DEF void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving)
 {
+    if (!halving) return;
     llmpar_heap_free(heap, halving->level);
     memset(halving, 0, sizeof *halving);
 }
@@ -13613,8 +13611,7 @@ static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
 LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user)
 {
     llmpar_device *device = world->device;
-    llmpar__trace_out out;
-    memset(&out, 0, sizeof out);
+    LLMPAR__ZEROED(llmpar__trace_out, out);
     out.trace = trace;
     out.world = world;
     out.sink = sink;
@@ -14169,12 +14166,11 @@ static size_t llmpar__json_count(const char *text, size_t length)
 
 LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
 {
-    llmpar__json_parser p;
     llmpar_error own; /* the status must be known where the caller wants no text */
     size_t bytes = 0;
     *out = NULL;
     llmpar_error_clear(&own);
-    memset(&p, 0, sizeof p);
+    LLMPAR__ZEROED(llmpar__json_parser, p);
     p.heap = heap;
     p.text = text;
     p.length = length;
@@ -14417,16 +14413,14 @@ static const char *llmpar__file_kind_name(llmpar_io_kind kind)
 static int llmpar__file_begin(const llmpar_io *io, const char *path, llmpar_io_mode mode, int *handle)
 {
     int number;
-    do number = io->open(io->user, path, mode, handle);
-    while (number == EINTR);
+    LLMPAR__AGAIN(open, path, mode, handle);
     return number;
 }
 
 static int llmpar__file_sync(const llmpar_io *io, int handle)
 {
     int number;
-    do number = io->sync(io->user, handle);
-    while (number == EINTR);
+    LLMPAR__AGAIN(sync, handle);
     return number;
 }
 
@@ -14441,10 +14435,9 @@ LLMPAR_DEF llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path
 {
     llmpar_io_kind kind = LLMPAR_IO_NONE;
     uint64_t bytes;
-    int number;
+    int number = EINVAL;
     io = llmpar__file_io(io);
-    do number = io->look(io->user, path, &kind, &bytes);
-    while (number == EINTR);
+    if (path) LLMPAR__AGAIN(look, path, &kind, &bytes);
     return number ? LLMPAR_IO_NONE : kind;
 }
 
@@ -14460,10 +14453,10 @@ LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path,
     int number;
     memset(out, 0, sizeof *out);
     out->handle = -1;
+    LLMPAR__NEED(path, error);
     out->io = io = llmpar__file_io(io);
     out->path = path;
-    do number = io->look(io->user, path, &kind, &bytes);
-    while (number == EINTR);
+    LLMPAR__AGAIN(look, path, &kind, &bytes);
     if (number || kind == LLMPAR_IO_NONE) return llmpar__file_error(error, path, "cannot open", number ? number : ENOENT);
     if (kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got a %s", path, llmpar__file_kind_name(kind));
     number = llmpar__file_begin(io, path, LLMPAR_IO_READ, &out->handle);
@@ -14478,6 +14471,7 @@ LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path,
 LLMPAR_DEF llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, void *data, size_t bytes, llmpar_error *error)
 {
     unsigned char *to = (unsigned char *)data;
+    LLMPAR__NEED(file, error);
     while (bytes > 0) {
         size_t got = 0;
         int number = file->io->read(file->io->user, file->handle, to, bytes, offset, &got);
@@ -14494,6 +14488,7 @@ LLMPAR_DEF llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, vo
 
 LLMPAR_DEF void llmpar_file_close(llmpar_file *file)
 {
+    if (!file) return;
     if (file->handle >= 0) llmpar__file_end(file->io, file->handle); /* nothing was written: what close says changes nothing */
     file->handle = -1;
 }
@@ -14503,6 +14498,7 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
     llmpar_file file;
     *text = NULL;
     *bytes = 0;
+    LLMPAR__NEED(heap && path, error);
     llmpar_status status = llmpar_file_open(io, path, &file, error);
     if (status) return status;
     if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
@@ -14527,6 +14523,7 @@ LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, l
     struct stat s;
     int fd, number;
     memset(out, 0, sizeof *out);
+    LLMPAR__NEED(path, error);
     /* O_NONBLOCK: a fifo without a writer is refused below instead of waited for; a regular file ignores it. */
     fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) return llmpar__file_error(error, path, "cannot open", errno);
@@ -14591,9 +14588,10 @@ static void llmpar__writer_destroy(llmpar_writer *writer)
 LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_writer **out, llmpar_error *error)
 {
     llmpar_writer *writer;
-    size_t length = strlen(path);
     llmpar_io_kind kind = llmpar_file_kind(io, path);
     *out = NULL;
+    LLMPAR__NEED(heap && path, error);
+    size_t length = strlen(path);
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
     writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
@@ -14647,6 +14645,7 @@ static llmpar_status llmpar__writer_flush(llmpar_writer *writer, llmpar_error *e
 
 LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     if (writer->failed) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     if (bytes == 0) return LLMPAR_OK;
     llmpar_xxh64_add(&writer->sum, data, bytes);
@@ -14666,6 +14665,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
 LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int handle, number;
+    LLMPAR__NEED(path, error);
     io = llmpar__file_io(io);
     number = llmpar__file_begin(io, path, LLMPAR_IO_DIRECTORY, &handle);
     /* A directory may be writable and not readable; then its entries stand without a sync. */
@@ -14678,27 +14678,27 @@ LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *
 LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error)
 {
     int number;
+    LLMPAR__NEED(from && to, error);
     io = llmpar__file_io(io);
-    do number = io->rename(io->user, from, to);
-    while (number == EINTR);
+    LLMPAR__AGAIN(rename, from, to);
     return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int number;
+    LLMPAR__NEED(path, error);
     io = llmpar__file_io(io);
-    do number = io->remove(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(remove, path);
     return number && number != ENOENT ? llmpar__file_error(error, path, "cannot remove", number) : LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error)
 {
     int number;
+    LLMPAR__NEED(path && entry, error);
     io = llmpar__file_io(io);
-    do number = io->list(io->user, path, entry, user);
-    while (number == EINTR);
+    LLMPAR__AGAIN(list, path, entry, user);
     return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
 }
 
@@ -14717,6 +14717,7 @@ static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io
 LLMPAR_DEF llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_error *error)
 {
     llmpar_status status;
+    LLMPAR__NEED(writer, error);
     int handle = writer->handle, number = 0;
     if (writer->failed) status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     else status = llmpar__writer_flush(writer, error);
@@ -14739,6 +14740,7 @@ LLMPAR_DEF void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, 
 
 LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     llmpar_status status = llmpar_writer_settle(writer, error);
     if (!status) status = llmpar__file_sync_parent(writer->heap, writer->io, writer->path, error);
     llmpar__writer_destroy(writer);
@@ -14755,19 +14757,18 @@ LLMPAR_DEF void llmpar_writer_abandon(llmpar_writer *writer)
 LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     char probe[4096];
+    LLMPAR__NEED(path, error);
     int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
     if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
     io = llmpar__file_io(io);
-    do number = io->make_directory(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(make_directory, path);
     if (number && number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
     if (number && llmpar_file_kind(io, path) != LLMPAR_IO_FOLDER) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
     /* access() answers yes to root on read-only media: only a file that was really made proves it. */
     number = llmpar__file_begin(io, probe, LLMPAR_IO_WRITE, &handle);
     if (number) return llmpar__file_error(error, path, "cannot write in the directory", number);
     llmpar__file_end(io, handle);
-    do number = io->remove(io->user, probe);
-    while (number == EINTR);
+    LLMPAR__AGAIN(remove, probe);
     return number ? llmpar__file_error(error, probe, "cannot remove", number) : LLMPAR_OK;
 }
 
@@ -15038,12 +15039,10 @@ static llmpar_status llmpar__st_header_length(const llmpar__st_file *s, const un
 
 static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, size_t length, size_t data_bytes, llmpar_error *error)
 {
-    llmpar__st_reader r;
-    llmpar_json_desc desc;
     llmpar_json *root = NULL;
     char name[256];
-    memset(&r, 0, sizeof r);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar__st_reader, r);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     if (length == 0 || header[0] != '{')
         return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header does not begin with '{' (file byte 8)", s->path);
     snprintf(name, sizeof name, "%.200s: header", s->path);
@@ -15106,6 +15105,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
     char *header = NULL;
     size_t length = 0;
     *out = NULL;
+    LLMPAR__NEED(heap && path, error);
     llmpar__st_file *s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
     llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
@@ -15124,6 +15124,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const
 {
     size_t length = 0;
     *out = NULL;
+    LLMPAR__NEED(heap && data && name, error);
     llmpar__st_file *s = llmpar__st_create(heap, name, error);
     if (!s) return LLMPAR_ERR_MEMORY;
     llmpar_status status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
@@ -15134,6 +15135,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error)
 {
+    LLMPAR__NEED(file && tensor, error);
     llmpar__st_file *s = (llmpar__st_file *)file->state;
     if (offset > tensor->bytes || bytes > tensor->bytes - offset)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": %zu bytes from byte %zu, but it has %zu", file->path, tensor->name, bytes, offset, tensor->bytes);
@@ -15144,6 +15146,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file,
 
 LLMPAR_DEF const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name)
 {
+    if (!file || !name) return NULL;
     int32_t low = 0, high = file->count;
     while (low < high) {
         int32_t middle = low + (high - low) / 2;
@@ -15197,6 +15200,7 @@ static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tens
 static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
     *total = 0;
+    LLMPAR__NEED(path && (tensors || count < 1), error);
     if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
     for (int32_t i = 0; i < count; i++) {
         const llmpar_safetensor *tensor = &tensors[i];
@@ -15220,6 +15224,7 @@ static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_saf
 /* The reader refuses a duplicate name, so the writer must not make one. */
 static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
 {
+    LLMPAR__NEED(heap, error);
     llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
     llmpar_status status = LLMPAR_OK;
     if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
@@ -15276,6 +15281,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     if (bytes > writer->expected - writer->written)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes after %zu of %zu declared: too many", writer->path, bytes, writer->written, writer->expected);
     llmpar_status status = llmpar_writer_write(writer->writer, data, bytes, error);
@@ -15285,6 +15291,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writ
 
 static llmpar_status llmpar__st_complete(const llmpar_safetensors_writer *writer, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     if (writer->written == writer->expected) return LLMPAR_OK;
     return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
 }
@@ -16674,8 +16681,7 @@ static llmpar_status llmpar__redistribute_copy(llmpar_device *device, llmpar_str
         step_in *= from->shape[d];
         step_out *= to->shape[d];
     }
-    llmpar_copy_rows_args rows;
-    memset(&rows, 0, sizeof rows);
+    LLMPAR__ZEROED(llmpar_copy_rows_args, rows);
     rows.width = length[0];
     rows.rows = levels > 1 ? length[1] : 1;
     rows.ld_in = levels > 1 ? ld_in[1] : length[0];
@@ -17061,8 +17067,7 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
     llmpar__redistribute_pair pair;
     llmpar__redistribute_pair_make(&plan->from, to, plan->degree, &pair);
     if (!st && out_bytes && !llmpar__redistribute_needs(&pair, mesh->coordinate, 0)) { /* Partial(sum) whose value stands at coordinate 0 */
-        llmpar_scale_args minus;
-        memset(&minus, 0, sizeof minus);
+        LLMPAR__ZEROED(llmpar_scale_args, minus);
         minus.count = (size_t)needed.flat_count;
         minus.x = target;
         minus.factor = -1;
@@ -17180,6 +17185,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int3
 
 LLMPAR_DEF void llmpar_tp_destroy(llmpar_tp *tp)
 {
+    if (!tp) return;
     llmpar_comm_destroy(tp->kv);
     tp->kv = NULL;
 }
@@ -17343,8 +17349,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
 LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, int accumulate,
                                                    llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
 {
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_gemm_args, args);
     if (leaves < 1 || rows % leaves) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %lld leaves do not divide %lld rows", (long long)leaves, (long long)rows);
     llmpar_status status = llmpar__tp_leaves(tp, rows, leaves, dy, lddy, x, ldx, dtype, &args);
     if (status) return status;
@@ -17361,8 +17366,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_s
 
 LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype)
 {
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_gemm_args, args);
     if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return SIZE_MAX;
     args.m = out_dim;
     args.n = args.ldc = in_dim;
@@ -18453,8 +18457,7 @@ static llmpar_status llmpar__shard_scan(llmpar_fsdp *fsdp, const llmpar__flat *f
     size_t size = llmpar_dtype_size(fsdp->sum);
     for (int32_t s = 0; s < flat->segment_count; s++) {
         const llmpar_segment *segment = &flat->segments[s];
-        llmpar_square_sum_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_square_sum_args, args);
         args.count = (size_t)segment->count;
         args.x = (const char *)shard + (size_t)segment->begin * size;
         args.accumulator = fsdp->scalars;
@@ -19319,8 +19322,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     llmpar__policy_resolve(&resolved);
     llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
     if (status) return status;
-    llmpar__plan plan;
-    memset(&plan, 0, sizeof plan);
+    LLMPAR__ZEROED(llmpar__plan, plan);
     llmpar_schedule *schedule = (llmpar_schedule *)llmpar_heap_zalloc(heap, 1, sizeof *schedule);
     if (!schedule) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: out of memory");
     schedule->heap = heap;
@@ -20236,8 +20238,7 @@ LLMPAR_DEF int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_sch
 
 static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit_op *op, llmpar_stream *stream, uint64_t *id)
 {
-    llmpar_trace_span span;
-    memset(&span, 0, sizeof span);
+    LLMPAR__ZEROED(llmpar_trace_span, span);
     span.lane = (int32_t)LLMPAR_STREAM_TP;
     span.micro_batch = exec->now->micro_batch;
     span.name = op->name;
@@ -20495,8 +20496,7 @@ static llmpar_status llmpar__exec_reduce(llmpar__exec *exec, const llmpar_instru
     llmpar__flat *flat = &fsdp->units[in->unit];
     llmpar_stream *stream = fsdp->stream[in->stream];
     void **shard = &flat->grad[in->use][0][in->slot];
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.dtype = fsdp->sum;
     call.count = (size_t)flat->shard_elements;
     if (in->op == LLMPAR_OP_REDUCE) {
@@ -20525,8 +20525,7 @@ static llmpar_status llmpar__exec_accumulate(llmpar__exec *exec, const llmpar_in
     llmpar__flat *flat = &fsdp->units[in->unit];
     void **to = &flat->grad[in->use][in->local][in->slot], **from = &flat->grad[in->from_use][in->local][in->from];
     int part = !in->local && (!fsdp->whole_grads || flat->reduced[in->use] >> in->slot & 1u);
-    llmpar_add_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_add_args, args);
     args.count = (size_t)(part ? flat->shard_elements : flat->elements);
     args.a = part ? llmpar__exec_part(fsdp, flat, *to) : *to; /* the lower micro-batch, on the left */
     args.b = part ? llmpar__exec_part(fsdp, flat, *from) : *from;
@@ -20544,8 +20543,7 @@ static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruct
     for (int32_t s = 0; s < flat->segment_count && !status; s++) {
         const llmpar_segment *segment = &flat->segments[s];
         if (!segment->owner) continue;
-        llmpar_square_sum_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_square_sum_args, args);
         args.count = (size_t)segment->count;
         args.x = llmpar__exec_part(fsdp, flat, flat->grad[in->use][0][in->slot]) + (size_t)segment->begin * llmpar_dtype_size(fsdp->sum);
         args.accumulator = fsdp->scalars + LLMPAR_EXACT_SUM_LIMBS;
@@ -20971,8 +20969,7 @@ static llmpar_status llmpar__exec_report(llmpar__exec *exec)
 LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run)
 {
     llmpar_heap *heap = &fsdp->ctx->heap;
-    llmpar__exec exec;
-    memset(&exec, 0, sizeof exec);
+    LLMPAR__ZEROED(llmpar__exec, exec);
     exec.fsdp = fsdp;
     exec.run = run;
     exec.grad_scale = 1;
@@ -21254,9 +21251,7 @@ static llmpar_status llmpar__optim_update(void *state, const llmpar_update *upda
     llmpar_device *device = update->device ? update->device : llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
     int32_t states = llmpar_optim_states(desc);
     llmpar_status status = LLMPAR_OK;
-    llmpar_adamw_args adamw;
-    llmpar_sgd_args sgd;
-    memset(&adamw, 0, sizeof adamw);
+    LLMPAR__ZEROED(llmpar_adamw_args, adamw);
     adamw.lr = optim->lr;
     adamw.beta1 = desc->beta1;
     adamw.beta2 = desc->beta2;
@@ -21265,7 +21260,7 @@ static llmpar_status llmpar__optim_update(void *state, const llmpar_update *upda
     adamw.correction2 = 1 - optim->power2;
     adamw.grad_scale = update->grad_scale;
     adamw.dtype = update->dtype;
-    memset(&sgd, 0, sizeof sgd);
+    LLMPAR__ZEROED(llmpar_sgd_args, sgd);
     sgd.lr = optim->lr;
     sgd.momentum = desc->momentum;
     sgd.limit = desc->clip_value;
@@ -21294,8 +21289,7 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "optim: no desc");
     llmpar_optim_desc resolved = *desc;
     llmpar_optim_desc_resolve(&resolved);
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_optim_desc_check(&resolved, &error);
     if (status) return llmpar_fail(ctx, status, "%s", error.text);
     int32_t states = llmpar_optim_states(&resolved), given = llmpar_fsdp_optimizer_states(fsdp);
@@ -21501,8 +21495,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
     a->units = llmpar_fsdp_unit_count(optim->fsdp);
     a->unit = (llmpar__adalomo_unit *)llmpar_heap_zalloc(optim->heap, (size_t)a->units, sizeof *a->unit);
     if (!a->unit) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for %d units", (int)a->units);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
+    LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_policy(optim->fsdp, &policy);
     int whole = llmpar_policy_whole_state(&policy);
     llmpar_status status = LLMPAR_OK;
@@ -21585,9 +21578,8 @@ static llmpar_status llmpar__adalomo_find_largest(const llmpar__adalomo_call *c)
 {
     llmpar_status status = LLMPAR_OK;
     for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
-        llmpar_largest_args args;
         if (!c->unit->part[s].factored) continue;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_largest_args, args);
         args.count = (size_t)c->update->segments[s].count;
         args.x = llmpar__adalomo_grad(c, s);
         args.largest = c->largest + c->update->segments[s].param;
@@ -21603,17 +21595,15 @@ static llmpar_status llmpar__adalomo_sum_squares(const llmpar__adalomo_call *c)
     for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
         const llmpar__adalomo_part *part = &c->unit->part[s];
         int32_t p = c->update->segments[s].param;
-        llmpar_square_sum_args square;
         if (!part->counts) continue;
-        memset(&square, 0, sizeof square);
+        LLMPAR__ZEROED(llmpar_square_sum_args, square);
         square.count = (size_t)c->update->segments[s].count;
         square.x = llmpar__adalomo_param(c, s);
         square.accumulator = c->param_squares + (int64_t)p * LLMPAR_EXACT_SUM_LIMBS;
         square.dtype = c->update->dtype;
         status = c->device->square_sum(c->device, c->update->stream, &square);
         if (status || !part->factored) continue;
-        llmpar_factor_sum_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_factor_sum_args, args);
         args.begin = part->begin;
         args.count = c->update->segments[s].count;
         args.cols = part->cols;
@@ -21639,8 +21629,7 @@ static llmpar_status llmpar__adalomo_moments(const llmpar__adalomo_call *c)
         if (!part->factored) continue;
         for (int by_columns = 0; by_columns < 2 && !status; by_columns++) {
             int64_t rows = c->unit->rows[p], cols = c->unit->cols[p], at = by_columns ? rows : 0;
-            llmpar_factor_moment_args args;
-            memset(&args, 0, sizeof args);
+            LLMPAR__ZEROED(llmpar_factor_moment_args, args);
             args.count = by_columns ? cols : rows;
             args.terms = by_columns ? rows : cols;
             args.bits = llmpar__adalomo_bits(args.terms);
@@ -21667,8 +21656,7 @@ static llmpar_status llmpar__adalomo_pass(const llmpar__adalomo_call *c, int app
         const llmpar__adalomo_part *part = &c->unit->part[s];
         const llmpar_segment *segment = &c->update->segments[s];
         const llmpar_param *param = &llmpar_fsdp_unit(c->optim->fsdp, c->update->unit)->params[segment->param];
-        llmpar_adalomo_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_adalomo_args, args);
         args.begin = part->begin;
         args.count = segment->count;
         args.cols = part->cols;
@@ -21800,6 +21788,7 @@ static void llmpar__data_copy(const llmpar_data *data, int64_t start, int32_t *t
 LLMPAR_DEF llmpar_status llmpar_data_sequence(void *data, int64_t global_index, int32_t *tokens)
 {
     const llmpar_data *d = (const llmpar_data *)data;
+    LLMPAR__NEED(d, NULL);
     if (global_index < 0) return LLMPAR_ERR_ARGUMENT;
     int64_t epoch = global_index / d->windows;
     int64_t phase = (int64_t)(llmpar__data_random(d->seed, llmpar__data_phase_name, epoch, 0) % (uint64_t)d->phases);
@@ -21810,6 +21799,7 @@ LLMPAR_DEF llmpar_status llmpar_data_sequence(void *data, int64_t global_index, 
 
 LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int64_t index, int32_t *tokens)
 {
+    LLMPAR__NEED(data, NULL);
     if (index < 0 || index >= data->eval_windows) return LLMPAR_ERR_ARGUMENT;
     llmpar__data_copy(data, data->train_count + index * data->seq_len, tokens);
     return LLMPAR_OK;
@@ -21956,6 +21946,7 @@ static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__confi
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_check(const llmpar_llama_config *config, llmpar_error *error)
 {
+    LLMPAR__NEED(config, error);
     llmpar__config_fault fault;
     if (!llmpar__config_find_fault(config, &fault)) return LLMPAR_OK;
     return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama config: %s", fault.text);
@@ -22283,10 +22274,10 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
 {
-    llmpar_json_desc desc;
     llmpar_json *root = NULL;
     memset(out, 0, sizeof *out);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__NEED(heap && text, error);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     desc.name = name ? name : "config.json";
     desc.unique_keys = 1;
     llmpar_status status = llmpar_json_parse(heap, text, length, &desc, &root, error);
@@ -22349,6 +22340,7 @@ static void llmpar__config_put_rope(llmpar__text *t, const llmpar_rope_scaling *
 
 LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, char *text, size_t capacity)
 {
+    if (!config) return 0;
     const llmpar__config_family *family = &llmpar__config_families[config->family];
     llmpar__text t = llmpar__text_begin(text, capacity);
     llmpar__text_put(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n  \"model_type\": \"%s\",\n", family->architecture, family->type);
@@ -22376,12 +22368,14 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
 
 LLMPAR_DEF int64_t llmpar_llama_param_count(const llmpar_llama_config *config)
 {
+    if (!config) return 0;
     int64_t d = config->hidden;
     return config->layers * llmpar__config_layer_params(config) + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
 }
 
 LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len)
 {
+    if (!config) return 0;
     double multiplying = (double)(llmpar_llama_param_count(config) - (config->tied ? 0 : (int64_t)config->vocab * config->hidden));
     return 6 * multiplying + 12.0 * config->layers * config->heads * config->head_dim * (double)seq_len;
 }
@@ -22453,6 +22447,7 @@ LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t 
 
 LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error)
 {
+    LLMPAR__NEED(heap && config, error);
     int32_t i, pairs = config->head_dim / 2;
     double *inv_freq, c, s, factor = config->rope_scaling.kind == LLMPAR_ROPE_YARN ? config->rope_scaling.attention_factor : 1;
     if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)
@@ -22576,10 +22571,10 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_
 LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
 {
     *out = NULL;
+    LLMPAR__NEED(ctx, NULL);
     if (!desc || !desc->preset == !desc->config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "llama: expected exactly one of preset and config");
     llmpar_llama_config config;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = LLMPAR_OK;
     if (desc->preset) status = llmpar_llama_preset(desc->preset, &config, &error);
     else config = *desc->config;
@@ -22617,8 +22612,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
 
 LLMPAR_DEF llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out)
 {
-    llmpar_llama_desc desc;
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__NEED(ctx && model, NULL);
+    LLMPAR__ZEROED(llmpar_llama_desc, desc);
     desc.config = &model->config;
     desc.seed = model->seed;
     desc.wrap = model->wrap == 1 ? LLMPAR_WRAP_HALF : model->wrap / 2;
@@ -22644,14 +22639,14 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
     llmpar_heap_free(heap, model);
 }
 
-LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return &model->config; }
-LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model->seed; }
-LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return &model->tp; }
+LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return model ? &model->config : NULL; }
+LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model ? model->seed : 0; }
+LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return model ? &model->tp : NULL; }
 
 LLMPAR_DEF llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count)
 {
-    if (count) *count = model->unit_count;
-    return model->units;
+    if (count) *count = model ? model->unit_count : 0;
+    return model ? model->units : NULL;
 }
 
 /* ---- meeting a mesh ---- */
@@ -22727,8 +22722,7 @@ static llmpar_status llmpar__llama_tables(llmpar_llama *model)
     size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(dtype);
     const double one = 1;
     double one_low = 0;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for RoPE tables of %lld positions", (long long)model->positions);
     llmpar_stream *stream = NULL;
@@ -22765,6 +22759,7 @@ static llmpar_status llmpar__llama_again(const llmpar_llama *model, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
 {
+    LLMPAR__NEED(model && tp, NULL);
     const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: no desc of what it is applied to");
     if (model->applied) return llmpar__llama_again(model, tp, desc);
@@ -22832,8 +22827,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, int64_t dim, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
 {
-    llmpar_rmsnorm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rmsnorm_args, args);
     args.rows = rows;
     args.dim = dim;
     args.x = x;
@@ -22902,8 +22896,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_check_length(const llmpar_llama 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
 {
     const llmpar_tp *tp = &((const llmpar__part *)call->user)->model->tp;
-    llmpar_rmsnorm_backward_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rmsnorm_backward_args, args);
     args.tokens.batch = s->b;
     args.tokens.t = s->ts;
     args.tokens.t_begin = tp->sequence_parallel ? tp->rank * s->ts : 0;
@@ -23106,9 +23099,8 @@ static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_un
 static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
 {
     const llmpar__shape *s = &b->s;
-    llmpar_rope_args args;
     llmpar_status status = LLMPAR_OK;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rope_args, args);
     args.batch = s->b;
     args.t = s->t;
     args.head_dim = s->e;
@@ -23238,9 +23230,8 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
-    llmpar__block_half b;
     llmpar__block_layout l;
-    memset(&b, 0, sizeof b);
+    LLMPAR__ZEROED(llmpar__block_half, b);
     b.part_of = (const llmpar__part *)user;
     b.model = b.part_of->model;
     b.tp = &b.model->tp;
@@ -23293,9 +23284,8 @@ static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 {
-    llmpar_add_args args;
     llmpar__block_half b = llmpar__block_open(call, call->index);
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_add_args, args);
     args.count = (size_t)(b.s.ns * b.s.d);
     args.a = b.input;
     args.b = b.sum;
@@ -23365,8 +23355,7 @@ static llmpar_status llmpar__block_head_dnorm(const llmpar__block_half *b, const
     const llmpar__shape *s = &b->s;
     const llmpar_llama_config *c = &b->model->config;
     size_t at = i ? llmpar__block_k(s) : 0, leaves = (size_t)(s->leaves * s->e) * s->sum_size;
-    llmpar_rmsnorm_backward_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_rmsnorm_backward_args, args);
     args.tokens.batch = s->n;
     args.tokens.t = i ? s->k : s->h;
     args.tokens.t_begin = i ? llmpar__block_first_kv(b) : llmpar_tp_begin(b->tp, c->heads);
@@ -23488,9 +23477,8 @@ static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 {
-    llmpar_swiglu_args swiglu;
     llmpar__block_half b = llmpar__block_open(call, call->index);
-    memset(&swiglu, 0, sizeof swiglu);
+    LLMPAR__ZEROED(llmpar_swiglu_args, swiglu);
     swiglu.rows = b.s.n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
     swiglu.gate = b.gate;
@@ -23504,12 +23492,11 @@ static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
 static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 {
-    llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
     llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
     llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
-    memset(&swiglu, 0, sizeof swiglu);
+    LLMPAR__ZEROED(llmpar_swiglu_backward_args, swiglu);
     swiglu.rows = s->n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = b.gate;
@@ -23649,10 +23636,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
 {
-    llmpar_embedding_args args;
     llmpar__embed e = llmpar__embed_open(call);
     if (e.model->interleaved) return llmpar_fail(call->ctx, LLMPAR_ERR_ARGUMENT, "step: called while this model generates a text, expected after it");
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_embedding_args, args);
     args.rows = e.s.n;
     args.dim = e.s.d;
     args.v_begin = e.s.v_begin;
@@ -23874,7 +23860,6 @@ static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const ll
 static llmpar_status llmpar__head_step(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int32_t step)
 {
     llmpar_xent_args xent;
-    llmpar_xent_loss_args loss;
     llmpar_status status;
     llmpar__head_xent(call, h, row, rows, 0, h->s.v, &xent);
     switch (step) {
@@ -23887,7 +23872,7 @@ static llmpar_status llmpar__head_step(const llmpar_unit_call *call, const llmpa
     case 2: return call->device->xent_sum(call->device, call->stream, &xent);
     case 3: return llmpar__head_combine(call, h, "head sum/all_reduce", xent.sum, rows, LLMPAR_SUM);
     }
-    memset(&loss, 0, sizeof loss);
+    LLMPAR__ZEROED(llmpar_xent_loss_args, loss);
     loss.rows = rows;
     loss.max = xent.max;
     loss.target_logit = xent.target_logit;
@@ -24119,6 +24104,7 @@ LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directo
 
 LLMPAR_DEF void llmpar_hf_index_free(llmpar_heap *heap, llmpar_hf_index *index)
 {
+    if (!index) return;
     llmpar_heap_free(heap, (void *)index->tensor);
     llmpar_heap_free(heap, (void *)index->file);
     llmpar_heap_free(heap, index->place);
@@ -24144,9 +24130,9 @@ static llmpar_status llmpar__hf_index_entry(llmpar_hf_index *index, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_hf_index *out, llmpar_error *error)
 {
-    llmpar_json_desc desc;
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     memset(out, 0, sizeof *out);
+    LLMPAR__NEED(heap && text && name, error);
     out->total_size = -1;
     desc.name = name;
     desc.unique_keys = 1;
@@ -24187,7 +24173,7 @@ LLMPAR_DEF void llmpar_hf_files_close(llmpar_hf_files *files)
 
 LLMPAR_DEF const llmpar_safetensor *llmpar_hf_files_find(const llmpar_hf_files *files, const char *name, const llmpar_safetensors **file)
 {
-    for (int32_t f = 0; f < files->count; f++) {
+    for (int32_t f = 0; files && f < files->count; f++) {
         const llmpar_safetensor *tensor = llmpar_safetensors_find(files->file[f], name);
         *file = files->file[f];
         if (tensor) return tensor;
@@ -24231,10 +24217,9 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
 
 static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar_io *io, const char *directory, llmpar_error *error)
 {
-    llmpar_hf_index index;
     char *text = NULL;
     size_t bytes = 0;
-    memset(&index, 0, sizeof index);
+    LLMPAR__ZEROED(llmpar_hf_index, index);
     llmpar_status status = llmpar_file_load(files->heap, io, files->path, LLMPAR__HF_MAX_INDEX, &text, &bytes, error);
     if (!status) status = llmpar_hf_index_parse(files->heap, text, bytes, files->path, &index, error);
     llmpar_heap_free(files->heap, text);
@@ -24255,12 +24240,13 @@ static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error)
 {
+    *out = NULL;
+    LLMPAR__NEED(heap && directory, error);
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
     llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
     int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
     llmpar_safetensors **file = sharded ? NULL : (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *file);
     llmpar_status status = single && index && files && (sharded || file) ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
-    *out = NULL;
     llmpar_heap_free(heap, sharded ? single : index);
     if (!files) {
         llmpar_heap_free(heap, sharded ? index : single);
@@ -24340,6 +24326,7 @@ static llmpar_status llmpar__hf_end_part(llmpar_hf_writer *w, llmpar_error *erro
 LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error)
 {
     *out = NULL;
+    LLMPAR__NEED(heap && directory, error);
     llmpar_hf_writer *w = (llmpar_hf_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
     llmpar_status status = LLMPAR_OK;
     if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
@@ -24367,6 +24354,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_i
 
 LLMPAR_DEF llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     const char *from = (const char *)data;
     llmpar_status status = writer->writer ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->directory);
     while (bytes && !status) {
@@ -24467,6 +24455,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
 
 LLMPAR_DEF llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error)
 {
+    LLMPAR__NEED(writer, error);
     llmpar__hf_stale stale;
     llmpar_status status = writer->writer ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->directory);
     while (!status && writer->next < writer->count) { /* only tensors without elements are left, or bytes are missing */
@@ -24523,8 +24512,8 @@ static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, cons
 
 LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
 {
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NEED(ctx, NULL);
+    LLMPAR__NO_ERROR(error);
     if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory");
     char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
     size_t bytes;
@@ -24587,8 +24576,7 @@ static llmpar_status llmpar__hf_read(const llmpar__hf_load *load, const llmpar_s
 {
     size_t size = llmpar_dtype_size(source->dtype);
     llmpar_status status = LLMPAR_OK;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     for (int64_t done = 0, run; done < count && !status; done += run) {
         int64_t from = llmpar_dtensor_run(tensor, local, first + done, &run);
         if (run > count - done) run = count - done;
@@ -24721,11 +24709,10 @@ static llmpar_status llmpar__hf_load_unit(const llmpar__hf_load *load, int32_t u
 
 LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
 {
-    llmpar__hf_load load;
+    LLMPAR__NEED(fsdp, NULL);
     int32_t matched = 0;
-    llmpar_error error;
-    llmpar_error_clear(&error);
-    memset(&load, 0, sizeof load);
+    LLMPAR__NO_ERROR(error);
+    LLMPAR__ZEROED(llmpar__hf_load, load);
     load.fsdp = fsdp;
     load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     if (!directory) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory");
@@ -24766,7 +24753,6 @@ struct llmpar_tensor_file {
 static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path, const llmpar_llama_config *config, uint64_t max_bytes)
 {
     llmpar_ctx *ctx = file->ctx;
-    llmpar_error error;
     int32_t count = 0, at = 0;
     for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
     llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
@@ -24781,7 +24767,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
             for (int32_t d = 0; d < unit->params[i].dims; d++) tensors[at].shape[d] = unit->params[i].shape[d];
         }
     }
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     if (!config) return llmpar__hf_fail(ctx, llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error), &error);
     size_t bytes = llmpar_llama_config_write(config, NULL, 0);
     char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1);
@@ -24843,6 +24829,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
 {
+    LLMPAR__NEED(fsdp, NULL);
     return llmpar__hf_open(fsdp, path, units, count, NULL, NULL, out);
 }
 
@@ -24852,8 +24839,7 @@ static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, int64_t count)
     llmpar_device *device = file->ctx->device;
     llmpar_dtype from = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
     llmpar_status status = LLMPAR_OK;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     for (int64_t done = 0, part; done < count && !status; done += part) {
         const void *data = file->narrow ? file->narrow : file->host;
         part = count - done < LLMPAR__HF_PIECE ? count - done : LLMPAR__HF_PIECE;
@@ -24870,6 +24856,7 @@ static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, int64_t count)
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard)
 {
+    LLMPAR__NEED(file, NULL);
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
     if (file->next >= file->count || unit != file->units[file->next])
@@ -24890,10 +24877,10 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
 {
+    LLMPAR__NEED(file, NULL);
     llmpar_ctx *ctx = file->ctx;
-    llmpar_error error;
     llmpar_status status = LLMPAR_OK;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     if (file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_commit(file->writer, &error), &error);
     if (file->directory) status = llmpar__hf_fail(ctx, llmpar_hf_writer_commit(file->directory, &error), &error);
     file->writer = NULL;
@@ -24921,7 +24908,9 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
 
 LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc)
 {
+    LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    if (!config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no config");
     llmpar_tensor_file *file = NULL;
     llmpar_status status = llmpar__hf_open(fsdp, directory, NULL, 0, config, desc, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
@@ -24979,8 +24968,7 @@ typedef struct llmpar__directory_scan {
 static int llmpar__directory_unlink(const llmpar_io *io, const char *path)
 {
     int number;
-    do number = io->remove(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(remove, path);
     return number;
 }
 
@@ -25006,8 +24994,7 @@ static int llmpar__directory_sweep(void *user, const char *name)
 static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user)
 {
     int number;
-    do number = io->list(io->user, path, entry, user);
-    while (number == EINTR);
+    LLMPAR__AGAIN(list, path, entry, user);
     return number;
 }
 
@@ -25072,8 +25059,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
         status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: it is there already, and nothing is overwritten: expected a directory of this run alone, or a resume from its newest step", path);
     if (status) return status;
     snprintf(path, sizeof path, "%s/step-%lld.tmp", directory, (long long)step);
-    do number = io->make_directory(io->user, path);
-    while (number == EINTR);
+    LLMPAR__AGAIN(make_directory, path);
     return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
 }
 
@@ -25114,8 +25100,7 @@ static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *d
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error)
 {
     char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
-    llmpar_error why;
-    llmpar_error_clear(&why);
+    LLMPAR__NO_ERROR(why);
     io = io ? io : llmpar_io_system();
     snprintf(to, sizeof to, "%s/step-%lld", directory, (long long)step);
     snprintf(from, sizeof from, "%s/step-%lld.tmp", directory, (long long)step);
@@ -25366,8 +25351,7 @@ static void llmpar__manifest_info(llmpar__manifest_in *in, const llmpar_json *ro
     info->dtype = llmpar__manifest_dtype(in, root, "dtype");
     snprintf(info->optimizer, sizeof info->optimizer, "%s", llmpar__manifest_string(in, llmpar_json_get(root, "optimizer"), "optimizer", sizeof info->optimizer - 1));
     if (!in->status && scale->type != LLMPAR_JSON_NULL && llmpar__manifest_object(in, scale, "loss_scale", "scale least most interval finite_steps")) {
-        llmpar_error why;
-        llmpar_error_clear(&why);
+        LLMPAR__NO_ERROR(why);
         info->scale.scale = llmpar__manifest_positive(in, scale, "scale");
         info->scale.least = llmpar__manifest_positive(in, scale, "least");
         info->scale.most = llmpar__manifest_positive(in, scale, "most");
@@ -25510,11 +25494,10 @@ static llmpar_status llmpar__manifest_room(llmpar_heap *heap, const llmpar_json 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *m, llmpar_error *error)
 {
     char tail[LLMPAR__MANIFEST_TAIL + 1];
-    llmpar_json_desc desc;
     llmpar_xxh64 sum;
     llmpar__manifest_in in = {name, error, LLMPAR_OK};
     memset(m, 0, sizeof *m);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_json_desc, desc);
     desc.max_depth = 8;
     desc.unique_keys = 1;
     desc.name = name;
@@ -25661,9 +25644,8 @@ LLMPAR__PRIVATE_DEF char *llmpar__array_memory(const llmpar_fsdp *fsdp, const ll
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag)
 {
-    llmpar_error shared;
     int64_t worst = status ? ctx->world - ctx->rank : 0;
-    memset(&shared, 0, sizeof shared);
+    LLMPAR__ZEROED(llmpar_error, shared);
     llmpar_status talk = llmpar__comm_largest(ctx->comm, &worst, 1, tag);
     if (talk) return status ? status : talk;
     if (!worst) return LLMPAR_OK;
@@ -25881,6 +25863,7 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
 {
+    LLMPAR__NEED(c, NULL);
     if (!c->busy) return LLMPAR_OK;
     if (!wait) {
         int64_t unfinished = !__atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
@@ -25893,8 +25876,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
 static void llmpar__checkpoint_fill(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
 {
     const llmpar_mesh *mesh = llmpar_fsdp_mesh(c->fsdp);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
+    LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_policy(c->fsdp, &policy);
     c->info = *info;
     c->info.updates = c->optim ? llmpar_optim_steps(c->optim) : 0;
@@ -25906,6 +25888,7 @@ static void llmpar__checkpoint_fill(llmpar_checkpoint *c, const llmpar_checkpoin
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
 {
+    LLMPAR__NEED(c && info, NULL);
     llmpar_status status = llmpar_checkpoint_poll(c, 1);
     if (status) return status;
     llmpar_error_clear(&c->error);
@@ -25922,6 +25905,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmp
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_optim *optim, const llmpar_checkpoint_desc *desc, llmpar_checkpoint **out)
 {
+    LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     *out = NULL;
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no desc");
@@ -26117,8 +26101,7 @@ static llmpar_status llmpar__load_check(llmpar__load *load)
     if (!status) status = llmpar__load_match(load);
     if (!status && ctx->rank == 0) {
         int number;
-        do number = io->list(io->user, load->path, llmpar__load_known, load);
-        while (number == EINTR);
+        LLMPAR__AGAIN(list, load->path, llmpar__load_known, load);
         if (number) status = number < 0 ? LLMPAR_ERR_FORMAT : llmpar_error_set(&load->error, LLMPAR_ERR_IO, "%s: cannot list it: %s", load->path, strerror(number));
     }
     for (int32_t f = ctx->rank; f < load->manifest.files && !status; f += ctx->world) status = llmpar__load_verify(load, f, load->piece);
@@ -26269,9 +26252,10 @@ static llmpar_status llmpar__load_numbers(llmpar__load *load)
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim *optim, const char *path, llmpar_checkpoint_accept accept, void *user, llmpar_checkpoint_info *info)
 {
+    LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no path");
+    LLMPAR__NO_ERROR(error);
     memset(info, 0, sizeof *info);
     llmpar__load *load = (llmpar__load *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *load);
     void *buffer = NULL;
@@ -26303,8 +26287,9 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *directory, int64_t below, int64_t *step)
 {
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NEED(ctx, NULL);
+    if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no directory");
+    LLMPAR__NO_ERROR(error);
     *step = -1;
     llmpar_status status = ctx->rank ? LLMPAR_OK : llmpar__checkpoint_find(ctx->io, directory, below, step, &error);
     status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoints listed");
@@ -26457,8 +26442,7 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
 {
     llmpar__launch_job *job = self->job;
     llmpar_ctx *ctx = &self->ctx;
-    llmpar_cpu_desc cpu;
-    memset(&cpu, 0, sizeof cpu);
+    LLMPAR__ZEROED(llmpar_cpu_desc, cpu);
     cpu.threads = job->desc.threads;
     cpu.level = job->level;
     cpu.crowded = job->crowded;
@@ -26583,9 +26567,8 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
     if (given && given->transport == LLMPAR_TRANSPORT_ENVIRONMENT) return llmpar__launch_environment(given, fn, user, error);
     if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
-    llmpar_launch_desc desc;
     llmpar_cpu_level level;
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_launch_desc, desc);
     if (given) desc = *given;
     llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
     if (st) return st;
@@ -26614,8 +26597,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     job->references = 1;
     snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
     st = llmpar__launch_places(job, error);
-    llmpar_threads_desc threads;
-    memset(&threads, 0, sizeof threads);
+    LLMPAR__ZEROED(llmpar_threads_desc, threads);
     threads.ranks = ranks;
     threads.lockstep = desc.lockstep;
     threads.deadline = desc.deadline;
@@ -26662,8 +26644,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
             pthread_attr_destroy(&attributes);
         }
         if (failed) {
-            llmpar_error broken;
-            llmpar_error_clear(&broken);
+            LLMPAR__NO_ERROR(broken);
             llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started: %s", (int)started, (int)ranks, strerror(failed));
             broken.rank = started;
             llmpar_threads_world_fail(job->world, &broken);
@@ -26797,9 +26778,8 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_erro
 
 LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
 {
-    llmpar_error root;
     if (error->status != LLMPAR_ERR_PEER || !ctx->comm || ctx->comm == ctx->host_comm || !backend || !backend->comm_finish) return 0;
-    llmpar_error_clear(&root);
+    LLMPAR__NO_ERROR(root);
     backend->comm_finish(backend->comm_user, ctx->comm, &root);
     if (root.status) *error = root;
     return root.status != LLMPAR_OK;
@@ -26822,8 +26802,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
     void *memory = NULL;
     llmpar_stream *stream = NULL;
     llmpar_gemm_segment segment[4];
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_gemm_args, args);
     memset(segment, 0, sizeof segment);
     float *host = (float *)llmpar_heap_alloc(&ctx->heap, bytes, 1);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
@@ -26907,8 +26886,7 @@ static int llmpar__launch_under_mpirun(void)
 /* The CPU device and MPI's communicator on it, at a dispatch level. */
 static llmpar_status llmpar__launch_host(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
-    llmpar_cpu_desc cpu;
-    memset(&cpu, 0, sizeof cpu);
+    LLMPAR__ZEROED(llmpar_cpu_desc, cpu);
     cpu.threads = desc->threads;
     cpu.crowded = desc->threads > llmpar_mpi_world_threads(world);
     cpu.level = level;
@@ -26998,14 +26976,11 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     owned = !there && !(given && given->mpi && given->mpi->comm); /* with a communicator MPI has to be there: world_create says so */
     if (owned) MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &provided);
 
-    llmpar_ctx ctx;
-    llmpar_mpi_desc mpi;
-    llmpar_launch_desc desc;
     llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
     llmpar_mpi_world *world = NULL;
-    memset(&ctx, 0, sizeof ctx);
-    memset(&mpi, 0, sizeof mpi);
-    memset(&desc, 0, sizeof desc);
+    LLMPAR__ZEROED(llmpar_ctx, ctx);
+    LLMPAR__ZEROED(llmpar_mpi_desc, mpi);
+    LLMPAR__ZEROED(llmpar_launch_desc, desc);
     if (given) desc = *given;
     if (desc.mpi) mpi = *desc.mpi;
     llmpar_error_clear(&ctx.error);
@@ -27131,14 +27106,12 @@ static llmpar_status llmpar__launch_refuse(const llmpar_launch_desc *desc, llmpa
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
-    llmpar_ctx ctx;
-    llmpar_cpu_desc cpu;
     llmpar_launch_desc desc = *given;
     llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
     int32_t locals = 1;
     char meeting[LLMPAR__LAUNCH_MEETING];
-    memset(&ctx, 0, sizeof ctx);
-    memset(&cpu, 0, sizeof cpu);
+    LLMPAR__ZEROED(llmpar_ctx, ctx);
+    LLMPAR__ZEROED(llmpar_cpu_desc, cpu);
     llmpar_error_clear(&ctx.error);
     llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
     if (!st) st = llmpar__launch_refuse(&desc, error);
@@ -27169,8 +27142,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
         llmpar__launch_dump(desc.record, &ctx);
     }
     if (ctx.comm && desc.backend->comm_finish) {
-        llmpar_error root;
-        llmpar_error_clear(&root);
+        LLMPAR__NO_ERROR(root);
         desc.backend->comm_finish(desc.backend->comm_user, ctx.comm, &root);
         if (root.status) *error = root;
     }
@@ -27333,6 +27305,7 @@ static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error)
 {
+    LLMPAR__NEED(d && mesh && config, error);
     if (d->grad_accum == 0) d->grad_accum = 1;
     if (d->batch == 0 && d->grad_accum > 0) d->batch = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->exact == LLMPAR_EXACT_DEFAULT) d->exact = LLMPAR_EXACT_ON;
@@ -27371,9 +27344,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
 static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
 {
     llmpar_data_desc desc;
-    llmpar_error error;
     if (!t->desc.data) return LLMPAR_OK;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_file_map(t->desc.data, &t->file, &error);
     memset(&desc, 0, sizeof desc);
     desc.bytes = t->file.data;
@@ -27393,8 +27365,7 @@ static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, const llmpar_fsd
 {
     int32_t count;
     llmpar_unit *units = llmpar_llama_units(t->model, &count);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
+    LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_desc_policy(fsdp, t->mesh, &policy);
     policy.micro_batches = t->desc.grad_accum;
     policy.no_sync = t->desc.no_sync;
@@ -27452,11 +27423,9 @@ static llmpar_status llmpar__recipe_training(llmpar_trainer *t)
 
 static llmpar_status llmpar__recipe(llmpar_trainer *t)
 {
-    llmpar_llama_apply_desc apply;
-    llmpar_fsdp_desc fsdp;
     int32_t count;
-    memset(&apply, 0, sizeof apply);
-    memset(&fsdp, 0, sizeof fsdp);
+    LLMPAR__ZEROED(llmpar_llama_apply_desc, apply);
+    LLMPAR__ZEROED(llmpar_fsdp_desc, fsdp);
     /* Files first: data missing or short, or a log that cannot be written, is found before memory is taken. */
     llmpar_status status = t->count_only ? LLMPAR_OK : llmpar__recipe_data(t);
     if (!status && !t->count_only) status = llmpar__metrics_open(t);
@@ -27553,12 +27522,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
 LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
 {
     llmpar__recipe_blocks blocks;
-    llmpar_error error;
     *out = NULL;
     if (!mesh || !model) return LLMPAR_ERR_ARGUMENT; /* its maker said why */
     if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no desc");
     llmpar_trainer_desc resolved = *desc;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     llmpar__recipe_blocks_of(&resolved, model, &blocks);
@@ -27597,9 +27565,9 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
 
 LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t ? t->steps : 0; }
 LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t ? t->fsdp : NULL; }
-LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
-LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
-LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
+LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t ? t->train : NULL; }
+LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t && t->desc.data ? &t->data : NULL; }
+LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return t ? llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_load(t->fsdp, directory) : LLMPAR_ERR_ARGUMENT; }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return t ? llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL) : LLMPAR_ERR_ARGUMENT; }
@@ -27684,7 +27652,7 @@ static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
 {
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->train || !path) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", path ? "made without data, it cannot step" : "no path for gradients");
     llmpar_heap_free(&t->ctx->heap, t->gradients);
     t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
@@ -27712,11 +27680,9 @@ static void llmpar__trainer_rates(const llmpar_trainer *t, llmpar_step *out)
 
 LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out)
 {
-    llmpar_step step;
-    llmpar_run run;
-    memset(&step, 0, sizeof step);
-    memset(&run, 0, sizeof run);
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__ZEROED(llmpar_step, step);
+    LLMPAR__ZEROED(llmpar_run, run);
+    LLMPAR__NEED(t, NULL);
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
     if (status) return status;
@@ -27758,8 +27724,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         t->gradient_file = NULL;
     }
     if (!status && t->desc.dtype == LLMPAR_F16 && !t->count_only) {
-        llmpar_error why;
-        llmpar_error_clear(&why);
+        LLMPAR__NO_ERROR(why);
         status = llmpar_loss_scale_update(&t->scale, run.found_inf, &why);
         if (status) llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, why.text);
     }
@@ -27783,18 +27748,16 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
 static llmpar_status llmpar__trainer_trace_text(void *user, const char *text, size_t bytes)
 {
     llmpar_trainer *t = (llmpar_trainer *)user;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_writer_write(t->trace_file, text, bytes, &error);
     return status ? llmpar_fail(t->ctx, status, "%s", error.text) : LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
 {
-    llmpar_error error;
     llmpar_status status = LLMPAR_OK;
-    llmpar_error_clear(&error);
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NO_ERROR(error);
+    LLMPAR__NEED(t, NULL);
     if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
     if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->ctx->io, t->desc.trace, &t->trace_file, &error);
     if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
@@ -27810,15 +27773,14 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
 LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
 {
     *loss = 0;
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     if (!t->desc.data || !t->data.eval_windows) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no held-out sequences to evaluate on");
     int64_t limit = max_sequences > 0 && max_sequences < t->data.eval_windows ? max_sequences : t->data.eval_windows, tokens = 0;
     double sum = 0;
     llmpar_status status = LLMPAR_OK;
     /* Groups as large as a training batch; the last one is filled up with sequences that do not count. */
     for (int64_t first = 0; first < limit && !status; first += t->desc.batch) {
-        llmpar_run run;
-        memset(&run, 0, sizeof run);
+        LLMPAR__ZEROED(llmpar_run, run);
         status = llmpar__trainer_tokens(t, first, 1, limit, &run.tokens);
         run.micro = t->micro;
         if (!status) status = llmpar_fsdp_run(t->fsdp, t->eval->list, t->eval->count, &run);
@@ -27867,7 +27829,7 @@ static llmpar_status llmpar__resume_report(llmpar_trainer *t, const llmpar_error
 LLMPAR_DEF llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *t)
 {
     llmpar_checkpoint_info info;
-    if (!t) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(t, NULL);
     llmpar_error earlier = t->ctx->error;
     if (!t->checkpoint) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no directory of checkpoints was given");
     llmpar__trainer_forget(&t->ctx->error);
@@ -27997,8 +27959,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
     if (status) return status;
     if (resume && !strcmp(resume, "auto")) return llmpar__resume_auto(t);
     if (resume) {
-        llmpar_error error;
-        llmpar_error_clear(&error);
+        LLMPAR__NO_ERROR(error);
         if (llmpar__checkpoint_step(resume) >= 0 && t->desc.checkpoint) status = llmpar__checkpoint_path(path, &error, "%s/%s", t->desc.checkpoint, resume);
         else status = llmpar__resume_named(t, resume, path, &error);
         status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoint named");
@@ -28238,8 +28199,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     enum { SIDE = 256, TRIES = 2 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
-    llmpar__peak p;
-    memset(&p, 0, sizeof p);
+    LLMPAR__ZEROED(llmpar__peak, p);
     p.t = t;
     p.seconds = 1e9;
     llmpar_status status = device->stream_create(device, "peak", &p.stream);
@@ -28271,6 +28231,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity)
 {
     enum { ROWS = LLMPAR_TAG_COUNT + 1, COLUMNS = 3, CELLS = ROWS * COLUMNS };
+    LLMPAR__NEED(memory, NULL);
     const llmpar_arena_usage *marks[COLUMNS] = { &memory->init, &memory->before_optimizer, &memory->step };
     int64_t values[2 * CELLS]; /* largest, and largest of the negative: the smallest */
     for (int row = 0; row < ROWS; row++)
@@ -28309,11 +28270,10 @@ LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memor
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out, llmpar_error *error)
 {
     llmpar_ctx *ctx = mesh->ctx, sim = *ctx;
-    llmpar_mesh_desc degrees;
     llmpar_mesh *sim_mesh = NULL;
     llmpar_llama *sim_model = NULL;
     llmpar_trainer *trainer = NULL;
-    memset(&degrees, 0, sizeof degrees);
+    LLMPAR__ZEROED(llmpar_mesh_desc, degrees);
     memset(out, 0, sizeof *out);
     llmpar_heap_init(&sim.heap, &ctx->heap.allocator);
     llmpar_error_clear(&sim.error);
@@ -28358,8 +28318,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_needs(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out)
 {
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar__plan_step(mesh, model, desc, blocks, out, &error);
     if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
     return status ? llmpar_fail(mesh->ctx, status, "%s", error.text) : LLMPAR_OK;
@@ -28383,9 +28342,8 @@ static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, 
 {
     llmpar_trainer_desc desc = *other;
     llmpar__recipe_blocks blocks;
-    llmpar_error error;
     uint64_t peak;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     /* The user's own numbers are resolved already; what changed has to be allowed. */
     if (llmpar_trainer_desc_resolve(&desc, mesh, llmpar_llama_get_config(model), &error)) return LLMPAR_OK;
     llmpar__recipe_blocks_of(&desc, model, &blocks);
@@ -28423,9 +28381,8 @@ static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model,
 static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks)
 {
     int32_t all = llmpar__recipe_block_units(model);
-    llmpar__recipe_blocks best;
     uint64_t least = UINT64_MAX;
-    memset(&best, 0, sizeof best);
+    LLMPAR__ZEROED(llmpar__recipe_blocks, best);
     best.every = desc->recompute_every;
     for (int full = 0; full < 2; full++) {
         int32_t low = 0, high = all; /* the answer is in [low, high], if there is one */
@@ -28458,8 +28415,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
 {
     llmpar_ctx *ctx = mesh->ctx;
     llmpar_memory memory;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status status = desc->recompute == LLMPAR_RECOMPUTE_AUTO ? llmpar__plan_auto(mesh, model, desc, blocks) : LLMPAR_OK;
     if (status) return status;
     llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
@@ -28480,10 +28436,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
 LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error)
 {
     llmpar__recipe_blocks blocks;
-    llmpar_error wrong;
-    llmpar_error_clear(&wrong);
+    LLMPAR__NO_ERROR(wrong);
     memset(out, 0, sizeof *out);
-    if (!mesh || !model) return LLMPAR_ERR_ARGUMENT;
+    LLMPAR__NEED(mesh && model, NULL);
     if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "plan: no desc");
     llmpar_trainer_desc resolved = *desc;
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &wrong);

@@ -1664,7 +1664,12 @@ template <typename T> static __device__ __forceinline__ float llmpar__cuda_xent_
             const int64_t left = count - c - j * step;
             llmpar__cuda_unpack<T>(v, raw[j]);
 #pragma unroll
-            for (int k = 0; k < width; k++) v[k] = k < left ? llmpar__cuda_exp(__fsub_rn(v[k], most)) : 0.0f;
+            for (int k = 0; k < width; k++) v[k] = llmpar__cuda_exp(__fsub_rn(v[k], most));
+            if (left < width) { /* behind the numbers: a question for each of them would be a branch for each */
+#pragma unroll
+                for (int k = 0; k < width; k++)
+                    if (k >= left) v[k] = 0;
+            }
 #pragma unroll
             for (int half = width / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -1733,9 +1738,10 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
             float v[width];
             if (at >= 0 && at + width <= end) {
                 if (counted) {
+                    const int hit = target - at >= 0 && target - at < width ? (int)(target - at) : -1; /* one comparison of 64 bits, not one a number */
                     llmpar__cuda_unpack<T>(v, raw[j]);
 #pragma unroll
-                    for (int k = 0; k < width; k++) v[k] = llmpar__cuda_xent_gradient<T>(v[k], most, inverse, scale, at + k == target);
+                    for (int k = 0; k < width; k++) v[k] = llmpar__cuda_xent_gradient<T>(v[k], most, inverse, scale, k == hit);
                     raw[j] = llmpar__cuda_pack<T>(v);
                 }
                 *(llmpar__cuda_16 *)(void *)(x + at) = raw[j];
@@ -3176,10 +3182,12 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     const uint16_t **mine = (const uint16_t **)(void *)(values + TILE * E) + threadIdx.x; /* of keys, then of values: sums take all registers */
     const float least = llmpar__cuda_minus_infinity();
     const int position = offset + p.first + warp * 32, limit = offset + min(p.first + ROWS, a.tq); /* of the warp's first row; the end of the block's */
+    uint32_t own[2][E / 16][4]; /* the warp's queries, where registers have room for them: reading shared memory takes about as long as the products */
     float out[2][E / 8][4], top[2][2], total[2][2];
     mine[0] = llmpar__cuda_tile_mine<E>(k, a.ldk);
     mine[LLMPAR__CUDA_ATTENTION_THREADS] = llmpar__cuda_tile_mine<E>(v, a.ldv);
     llmpar__cuda_tile_load<E, ROWS>(queries, llmpar__cuda_tile_mine<E>((const uint16_t *)a.q + p.b * a.tq * a.ldq + (int64_t)p.h * E, a.ldq), a.ldq, p.first, a.tq, a.wide);
+    llmpar__cu_copy_async_commit();
 #pragma unroll
     for (int m = 0; m < 2; m++) {
         top[m][0] = top[m][1] = least;
@@ -3194,6 +3202,12 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
         high = llmpar__cuda_document_run(start, low, limit);
         llmpar__cuda_tile_load<E, TILE>(keys, mine[0], a.ldk, begin, high, a.wide);
         llmpar__cu_copy_async_commit();
+        if (E == 64) {
+            llmpar__cu_copy_async_wait<1>();
+            __syncthreads();
+#pragma unroll
+            for (int x = 0; x < 2 * E / 16; x++) llmpar__cuda_tile_a<E>(own[x % 2][x / 2], queries, down, warp * 32 + 16 * (x % 2), x / 2);
+        }
 #pragma unroll 1
         for (int first = begin; first < high; first += TILE) {
             /* rows above the diagonal and those of other documents take no part; both are whole warps most of the time */
@@ -3211,15 +3225,16 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll 4
                 for (int x = 0; x < E / 16; x++) {
                     uint32_t left[2][4], right[4];
-                    llmpar__cuda_tile_a<E>(left[0], queries, down, warp * 32, x);
-                    llmpar__cuda_tile_a<E>(left[1], queries, down, warp * 32 + 16, x);
+#pragma unroll
+                    for (int m = 0; m < 2; m++)
+                        if (E > 64) llmpar__cuda_tile_a<E>(left[m], queries, down, warp * 32 + 16 * m, x);
 #pragma unroll
                     for (int n = 0; n < 4; n++) {
                         llmpar__cuda_tile_b<E>(right, keys, across, 16 * n, x);
 #pragma unroll
                         for (int m = 0; m < 2; m++) {
-                            llmpar__cuda_attention_mma(Type(), s[m][2 * n], left[m], right);
-                            llmpar__cuda_attention_mma(Type(), s[m][2 * n + 1], left[m], right + 2);
+                            llmpar__cuda_attention_mma(Type(), s[m][2 * n], E > 64 ? left[m] : own[m][x], right);
+                            llmpar__cuda_attention_mma(Type(), s[m][2 * n + 1], E > 64 ? left[m] : own[m][x], right + 2);
                         }
                     }
                 }
@@ -3882,11 +3897,13 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1), position = p0.first + warp * 32, limit = min(p0.first + ROWS, a.tq);
     const uint16_t **mine = (const uint16_t **)(void *)(tiles + 4 * STEP * E) + threadIdx.x; /* of keys, then of values */
     int stage = 0;
+    uint32_t own[2][E / 16][4]; /* the warp's queries, as in attention.cu */
     float dq[2][E / 8][4], shift[2][2], mean[2][2];
     mine[0] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, a.ldk);
     mine[LLMPAR__CUDA_ATTENTION_THREADS] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E, a.ldv);
     llmpar__cuda_tile_load<E, ROWS>(queries, llmpar__cuda_tile_mine<E>((const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, a.ldq), a.ldq, p0.first, a.tq, a.wide);
     llmpar__cuda_tile_load<E, ROWS>(douts, llmpar__cuda_tile_mine<E>((const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E, a.ldo), a.ldo, p0.first, a.tq, a.wide);
+    llmpar__cu_copy_async_commit();
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -3905,6 +3922,12 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
         const int begin = llmpar__cuda_document(start, low);
         high = llmpar__cuda_document_run(start, low, limit);
         llmpar__cuda_attention_across_load<E>(a, tiles + stage * 2 * STEP * E, mine[0], mine[LLMPAR__CUDA_ATTENTION_THREADS], begin, high);
+        if (E == 64) {
+            llmpar__cu_copy_async_wait<1>();
+            __syncthreads();
+#pragma unroll
+            for (int x = 0; x < 2 * E / 16; x++) llmpar__cuda_tile_a<E>(own[x % 2][x / 2], queries, down, warp * 32 + 16 * (x % 2), x / 2);
+        }
 #pragma unroll 1
         for (int first = begin; first < high; first += STEP) {
             uint16_t *keys = tiles + stage * 2 * STEP * E, *values = keys + STEP * E;
@@ -3922,18 +3945,19 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
                 for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
-#pragma unroll 2
+#pragma unroll(E > 64 ? 2 : 4)
             for (int x = 0; x < E / 16; x++) {
                 uint32_t left[2][4], right[4];
 #pragma unroll
-                for (int m = 0; m < 2; m++) llmpar__cuda_tile_a<E>(left[m], queries, down, warp * 32 + 16 * m, x);
+                for (int m = 0; m < 2; m++)
+                    if (E > 64) llmpar__cuda_tile_a<E>(left[m], queries, down, warp * 32 + 16 * m, x);
 #pragma unroll
                 for (int n = 0; n < STEP / 16; n++) {
                     llmpar__cuda_tile_b<E>(right, keys, across, 16 * n, x);
 #pragma unroll
                     for (int m = 0; m < 2; m++) {
-                        llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
-                        llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
+                        llmpar__cuda_attention_mma(Type(), p[m][2 * n], E > 64 ? left[m] : own[m][x], right);
+                        llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], E > 64 ? left[m] : own[m][x], right + 2);
                     }
                 }
 #pragma unroll

@@ -314,8 +314,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
 
 static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
-    llmpar__mpi_job job;
-    memset(&job, 0, sizeof job);
+    LLMPAR__ZEROED(llmpar__mpi_job, job);
     job.tc = (llmpar__mpi_comm *)comm->state;
     job.send = given->send;
     job.recv = given->recv;

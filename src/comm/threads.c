@@ -274,8 +274,7 @@ static llmpar_status llmpar__threads_run(void *arg)
 
 static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
-    llmpar__threads_job job;
-    memset(&job, 0, sizeof job);
+    LLMPAR__ZEROED(llmpar__threads_job, job);
     job.tc = (llmpar__threads_comm *)comm->state;
     llmpar_call_describe(comm, (llmpar_call_op)op, given, &job.call.what);
     if (job.call.what.rank < 0) job.call.what.rank = job.tc->world_rank;

@@ -219,8 +219,7 @@ static llmpar_status llmpar__exec_report(llmpar__exec *exec)
 LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run)
 {
     llmpar_heap *heap = &fsdp->ctx->heap;
-    llmpar__exec exec;
-    memset(&exec, 0, sizeof exec);
+    LLMPAR__ZEROED(llmpar__exec, exec);
     exec.fsdp = fsdp;
     exec.run = run;
     exec.grad_scale = 1;

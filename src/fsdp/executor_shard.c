@@ -67,8 +67,7 @@ static llmpar_status llmpar__exec_reduce(llmpar__exec *exec, const llmpar_instru
     llmpar__flat *flat = &fsdp->units[in->unit];
     llmpar_stream *stream = fsdp->stream[in->stream];
     void **shard = &flat->grad[in->use][0][in->slot];
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
+    LLMPAR__ZEROED(llmpar_collective, call);
     call.dtype = fsdp->sum;
     call.count = (size_t)flat->shard_elements;
     if (in->op == LLMPAR_OP_REDUCE) {
@@ -97,8 +96,7 @@ static llmpar_status llmpar__exec_accumulate(llmpar__exec *exec, const llmpar_in
     llmpar__flat *flat = &fsdp->units[in->unit];
     void **to = &flat->grad[in->use][in->local][in->slot], **from = &flat->grad[in->from_use][in->local][in->from];
     int part = !in->local && (!fsdp->whole_grads || flat->reduced[in->use] >> in->slot & 1u);
-    llmpar_add_args args;
-    memset(&args, 0, sizeof args);
+    LLMPAR__ZEROED(llmpar_add_args, args);
     args.count = (size_t)(part ? flat->shard_elements : flat->elements);
     args.a = part ? llmpar__exec_part(fsdp, flat, *to) : *to; /* the lower micro-batch, on the left */
     args.b = part ? llmpar__exec_part(fsdp, flat, *from) : *from;
@@ -116,8 +114,7 @@ static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruct
     for (int32_t s = 0; s < flat->segment_count && !status; s++) {
         const llmpar_segment *segment = &flat->segments[s];
         if (!segment->owner) continue;
-        llmpar_square_sum_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_square_sum_args, args);
         args.count = (size_t)segment->count;
         args.x = llmpar__exec_part(fsdp, flat, flat->grad[in->use][0][in->slot]) + (size_t)segment->begin * llmpar_dtype_size(fsdp->sum);
         args.accumulator = fsdp->scalars + LLMPAR_EXACT_SUM_LIMBS;

@@ -6,8 +6,7 @@
 
 static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit_op *op, llmpar_stream *stream, uint64_t *id)
 {
-    llmpar_trace_span span;
-    memset(&span, 0, sizeof span);
+    LLMPAR__ZEROED(llmpar_trace_span, span);
     span.lane = (int32_t)LLMPAR_STREAM_TP;
     span.micro_batch = exec->now->micro_batch;
     span.name = op->name;

@@ -539,8 +539,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     llmpar__policy_resolve(&resolved);
     llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
     if (status) return status;
-    llmpar__plan plan;
-    memset(&plan, 0, sizeof plan);
+    LLMPAR__ZEROED(llmpar__plan, plan);
     llmpar_schedule *schedule = (llmpar_schedule *)llmpar_heap_zalloc(heap, 1, sizeof *schedule);
     if (!schedule) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: out of memory");
     schedule->heap = heap;

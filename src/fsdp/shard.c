@@ -286,8 +286,7 @@ static llmpar_status llmpar__shard_scan(llmpar_fsdp *fsdp, const llmpar__flat *f
     size_t size = llmpar_dtype_size(fsdp->sum);
     for (int32_t s = 0; s < flat->segment_count; s++) {
         const llmpar_segment *segment = &flat->segments[s];
-        llmpar_square_sum_args args;
-        memset(&args, 0, sizeof args);
+        LLMPAR__ZEROED(llmpar_square_sum_args, args);
         args.count = (size_t)segment->count;
         args.x = (const char *)shard + (size_t)segment->begin * size;
         args.accumulator = fsdp->scalars;

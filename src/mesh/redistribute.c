@@ -32,8 +32,7 @@ static llmpar_status llmpar__redistribute_copy(llmpar_device *device, llmpar_str
         step_in *= from->shape[d];
         step_out *= to->shape[d];
     }
-    llmpar_copy_rows_args rows;
-    memset(&rows, 0, sizeof rows);
+    LLMPAR__ZEROED(llmpar_copy_rows_args, rows);
     rows.width = length[0];
     rows.rows = levels > 1 ? length[1] : 1;
     rows.ld_in = levels > 1 ? ld_in[1] : length[0];
@@ -419,8 +418,7 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
     llmpar__redistribute_pair pair;
     llmpar__redistribute_pair_make(&plan->from, to, plan->degree, &pair);
     if (!st && out_bytes && !llmpar__redistribute_needs(&pair, mesh->coordinate, 0)) { /* Partial(sum) whose value stands at coordinate 0 */
-        llmpar_scale_args minus;
-        memset(&minus, 0, sizeof minus);
+        LLMPAR__ZEROED(llmpar_scale_args, minus);
         minus.count = (size_t)needed.flat_count;
         minus.x = target;
         minus.factor = -1;
