@@ -514,6 +514,16 @@ static llmpar_status wrong_order(session *s, const job *j)
     return status;
 }
 
+/* A unit that is not there, and fewer units than none. */
+static llmpar_status no_such_unit(session *s, const job *j)
+{
+    llmpar_tensor_file *file = NULL;
+    int32_t units[2] = { 0, llmpar_fsdp_unit_count(s->fsdp) };
+    llmpar_status status = llmpar_tensor_file_open(s->fsdp, j->file, units, j->save ? -1 : 2, &file);
+    CHECK(!file);
+    return status;
+}
+
 static llmpar_status too_early(session *s, const job *j)
 {
     llmpar_tensor_file *file = NULL;
@@ -534,6 +544,13 @@ TEST(tensor_file)
     job j = { .config = small(1), .mesh = { .dp_shard = 2, .tp = 2 }, .load = trained(1), .file = path, .body = wrong_order };
     CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
     CHECK(!llmpar_is_file(path));
+    j.body = no_such_unit;
+    CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK(strstr(error.text, "tensors.safetensors: unit 4, expected 0 to 3"));
+    j.save = "fewer than none";
+    CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK(strstr(error.text, "tensors.safetensors: -1 units"));
+    j.save = NULL;
     j.body = too_early;
     CHECK(launch(&j, &error) != LLMPAR_OK);
     CHECK(!llmpar_is_file(path));

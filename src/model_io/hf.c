@@ -292,6 +292,11 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     int64_t most = 1, scratch = 1;
     *out = NULL;
     if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no path");
+    int32_t all = llmpar_fsdp_unit_count(fsdp);
+    if (!units) count = all;
+    if (count < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: %d units", path, (int)count);
+    for (int32_t u = 0; u < count && units; u++)
+        if (units[u] < 0 || units[u] >= all) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: unit %d, expected 0 to %d", path, (int)units[u], (int)all - 1);
     if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
     llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
@@ -299,14 +304,14 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     file->fsdp = fsdp;
     file->ctx = ctx;
     file->dtype = desc && desc->dtype != LLMPAR_DTYPE_DEFAULT ? desc->dtype : dtype;
-    file->count = units ? count : llmpar_fsdp_unit_count(fsdp);
+    file->count = count;
     file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
     if (!file->units) {
         llmpar_heap_free(&ctx->heap, file);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     }
     for (int32_t u = 0; u < file->count; u++) file->units[u] = units ? units[u] : u;
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++)
+    for (int32_t u = 0; u < all; u++)
         for (int32_t i = 0; i < llmpar_fsdp_unit(fsdp, u)->param_count; i++) {
             llmpar_dtensor tensor;
             int64_t elements = 1, need;
