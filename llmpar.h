@@ -4090,7 +4090,7 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
-/* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
+/* sums[rows, columns] (+)= x[rows, k] w[columns, k]^T. */
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
@@ -4100,6 +4100,7 @@ typedef struct llmpar__gemm_thin_span {
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
     int64_t ld, next_ld, ahead_step, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
+    int32_t fresh;                    /* the chains begin at 0, and sums are not read */
     int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or what llmpar__gemm_thin_group says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
     int64_t tile;
 } llmpar__gemm_thin_span;
@@ -4142,13 +4143,15 @@ enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_AHEAD = 1024 /* bytes of a row */ }
 #define LLMPAR__THIN_FETCH(p) __builtin_prefetch(p, 0, 2) /* into L2: L1 has too few places for lines on their way from memory, and rows a power of two apart share few of its sets */
 #define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
 #define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
-enum { LLMPAR__THIN_PARTS = 16 };
+enum { LLMPAR__THIN_PARTS = 16, LLMPAR__THIN_HELD = 32 };
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
 #else
 #define LLMPAR__THIN_UNROLL _Pragma("GCC unroll 16")
 #endif
+
+static const float llmpar__gemm_thin_zeros[LLMPAR__THIN_COLUMNS] = { 0 };
 
 typedef struct llmpar__gemm_thin_level {
     int64_t columns; /* of a tile */
@@ -4384,6 +4387,8 @@ typedef struct llmpar__gemm_thin_run {
     int32_t parts;                    /* pieces that lie side by side and are read in one go; 0: each segment has a span of its own */
     int64_t ends[LLMPAR__THIN_PARTS]; /* of the parts, in elements; behind the last: all of them */
     float *x, *sums;                  /* sums: [threads][slots][group][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
+    char *held;                       /* [threads][HELD][group][rows][COLUMNS] results as c has them */
+    int64_t out_size;                 /* bytes of one */
 } llmpar__gemm_thin_run;
 
 /* A span: elements [begin, begin + k) of a segment, rows of b of one tile. */
@@ -4403,6 +4408,7 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    run->out_size = run->half_out.narrow ? 2 : 4;
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
     run->rows = llmpar__gemm_thin_filled(args->m);
     run->group = llmpar__gemm_thin_group(run->rows, run->level.most);
@@ -4436,7 +4442,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
     int64_t chains;
     llmpar__gemm_thin_prepare(&run, cpu, args);
     chains = run.group * run.rows > run.level.most ? run.group * run.rows : run.level.most; /* as fewer rows may have */
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * chains * LLMPAR__THIN_COLUMNS) + (size_t)llmpar__pool_threads(cpu) * sizeof(llmpar__gemm_thin_range) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * (llmpar__gemm_thin_slots(&run) + LLMPAR__THIN_HELD) * chains * LLMPAR__THIN_COLUMNS) + (size_t)llmpar__pool_threads(cpu) * sizeof(llmpar__gemm_thin_range) + 63;
 }
 
 /* x[links][rows of a block] of every block of 8 rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
@@ -4544,7 +4550,7 @@ static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const floa
 }
 
 /* The chains of `tiles` tiles, `apart` from each other, go on over the span at `at`; then `next` is read. */
-static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t apart, int64_t x, float *sums, const llmpar__gemm_thin_place *next)
+static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t apart, int64_t x, float *sums, int fresh, const llmpar__gemm_thin_place *next)
 {
     const llmpar_gemm_args *args = run->args;
     llmpar__gemm_thin_span span;
@@ -4557,6 +4563,7 @@ static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar_
     span.sums = sums;
     span.rows = run->rows;
     span.kind = run->kind;
+    span.fresh = fresh;
     span.parts = run->parts ? run->parts : 1;
     span.ends = run->ends;
     span.part_step = tiles * run->rows * LLMPAR__THIN_COLUMNS;
@@ -4578,23 +4585,47 @@ static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar_
     }
 }
 
-static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_range *range, int64_t unit, int32_t worker)
+static char *llmpar__gemm_thin_held(const llmpar__gemm_thin_run *run, int64_t unit, int32_t worker)
+{
+    return run->held + (worker * LLMPAR__THIN_HELD + unit % LLMPAR__THIN_HELD) * run->group * run->rows * LLMPAR__THIN_COLUMNS * run->out_size;
+}
+
+/* c = the results of units [first, end) of a range. Stores of every unit to its place, 16 lines far from each other, made processors lose the streams of weights that they were following (4 rows: 5 to 10 %). */
+static void llmpar__gemm_thin_release(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_range *range, int64_t first, int64_t end, int32_t worker)
+{
+    int64_t bytes = run->level.columns * run->out_size, t, r, unit;
+    for (t = 0; t < run->group; t++)
+        for (r = 0; r < run->args->m; r++) {
+            char *to = (char *)run->args->c + r * run->args->ldc * run->out_size + (range->begin + first + t * range->apart) * bytes;
+            for (unit = first; unit < end; unit++, to += bytes) {
+                const char *from = llmpar__gemm_thin_held(run, unit, worker) + (t * run->rows + r) * LLMPAR__THIN_COLUMNS * run->out_size;
+                if (bytes == 32) memcpy(to, from, 32); /* without a call */
+                else if (bytes == 64) memcpy(to, from, 64);
+                else memcpy(to, from, (size_t)bytes);
+            }
+        }
+}
+
+/* held: results wait for llmpar__gemm_thin_release. */
+static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_range *range, int64_t unit, int32_t worker, int held)
 {
     const llmpar_gemm_args *args = run->args;
     int64_t apart = range->apart, tile = range->begin + unit + (unit < apart ? 0 : apart * (run->group - 1));
     int32_t tiles = unit < apart ? run->group : 1, piece, depth = 0, done, t;
-    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, size = tiles * tile_size, i, x = 0, out_size = run->half_out.narrow ? 2 : 4;
+    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, size = tiles * tile_size, i, x = 0;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size, *stack = all + (run->parts ? run->parts : 1) * size;
     llmpar__gemm_thin_place at, next;
+    const float *results = all + (run->parts ? (args->pieces - 1) * size : 0);
     int more;
     memset(&at, 0, sizeof at);
     at.tile = tile;
     more = llmpar__gemm_thin_next(run, &at);
-    for (t = 0; t < tiles; t++) /* lines that are written last: else each store waits for its own */
-        for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * out_size, 1, 2);
+    for (t = 0; t < tiles && !held; t++) /* lines that are written last: else each store waits for its own */
+        for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * run->out_size, 1, 2);
     for (piece = 0; piece < args->pieces; piece++) {
         float *sums = all + (run->parts ? piece * size : 0);
-        if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
+        int fresh = !args->accumulate && more && args->segments[at.segment].piece == piece;
+        if (!fresh && (piece == 0 || !run->parts)) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
         for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (tile + t * apart) * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
         while (more && args->segments[at.segment].piece == piece) {
             llmpar__gemm_thin_place then;
@@ -4606,7 +4637,8 @@ static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpa
                 then.tile = unit + 1 < range->units ? tile + 1 : tile;
                 llmpar__gemm_thin_next(run, &then);
             }
-            llmpar__gemm_thin_run_span(run, at, tiles, apart, x, sums, &then);
+            llmpar__gemm_thin_run_span(run, at, tiles, apart, x, sums, fresh, &then);
+            fresh = 0;
             x += llmpar__gemm_thin_links(run, at.k);
             at = next;
         }
@@ -4617,9 +4649,15 @@ static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpa
         }
         if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
     }
+    if (held) {
+        char *to = llmpar__gemm_thin_held(run, unit, worker);
+        if (run->half_out.narrow) run->half_out.narrow(to, results, size);
+        else memcpy(to, results, (size_t)size * sizeof *results);
+        return;
+    }
     for (t = 0; t < tiles; t++) {
         at.tile = tile + t * apart;
-        llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, at.tile * run->level.columns, llmpar__gemm_thin_columns(run, &at));
+        llmpar__gemm_thin_store(run, results + t * tile_size, at.tile * run->level.columns, llmpar__gemm_thin_columns(run, &at));
     }
 }
 
@@ -4629,12 +4667,21 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     int32_t r;
     for (r = 0; r < run->threads; r++) { /* its own first */
         llmpar__gemm_thin_range *range = &run->ranges[(task + r) % run->threads];
+        int64_t first = 0, end = 0; /* whose results are held */
         for (;;) {
             uint64_t taken = __atomic_fetch_add(&range->taken, r ? (uint64_t)1 << 32 : (uint64_t)1, __ATOMIC_RELAXED);
             int64_t front = (int64_t)(taken & 0xffffffffu), back = (int64_t)(taken >> 32);
             if (front + back >= range->units) break;
-            llmpar__gemm_thin_unit(run, range, r ? range->units - 1 - back : front, worker);
+            if (r == 0 && front < range->apart) {
+                if (front - first == LLMPAR__THIN_HELD) {
+                    llmpar__gemm_thin_release(run, range, first, front, worker);
+                    first = front;
+                }
+                end = front + 1;
+            }
+            llmpar__gemm_thin_unit(run, range, r ? range->units - 1 - back : front, worker, end == front + 1);
         }
+        llmpar__gemm_thin_release(run, range, first, end, worker);
     }
 }
 
@@ -4652,6 +4699,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     run.threads = (double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL ? 1 : llmpar__pool_threads(cpu);
     run.ranges = (llmpar__gemm_thin_range *)(void *)at;
     run.sums = (float *)(void *)(run.ranges + run.threads);
+    run.held = (char *)(run.sums + run.threads * llmpar__gemm_thin_slots(&run) * run.group * run.rows * LLMPAR__THIN_COLUMNS);
     for (s = 0; s < run.threads; s++) {
         llmpar__gemm_thin_range *range = &run.ranges[s];
         int64_t end = llmpar_piece_begin(s + 1, run.tiles, run.threads), whole = args->n / run.level.columns < end ? args->n / run.level.columns : end;
@@ -28526,7 +28574,7 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
     const float *x = span->x + row / 8 * 8 * span->x_k + span->x_done * block + row % 8, *more = rows > 8 ? x + 8 * span->x_k : x; /* the second block's */
     float *sums = span->sums + row * LLMPAR__THIN_COLUMNS;
     const char *w = span->w, *ahead = span->ahead;
-    LLMPAR__THIN_VECTOR sum[4][16][PANELS], word, v;
+    LLMPAR__THIN_VECTOR sum[4][16][PANELS], word, v, zero = LLMPAR__THIN_READ(llmpar__gemm_thin_zeros);
     int r, p, i, t, part;
     for (part = 0; part < span->parts; part++, sums += span->part_step) {
         int64_t end = part + 1 < span->parts ? span->ends[part] : span->k;
@@ -28539,7 +28587,8 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
                 for (p = 0; p < PANELS; p++) { what; } \
             } \
         }
-        LLMPAR__THIN_EACH_SUM(sum[t][r][p] = LLMPAR__THIN_READ(sums + t * tile_step + r * LLMPAR__THIN_COLUMNS + p * LANES))
+        if (span->fresh) { LLMPAR__THIN_EACH_SUM(sum[t][r][p] = zero) }
+        else { LLMPAR__THIN_EACH_SUM(sum[t][r][p] = LLMPAR__THIN_READ(sums + t * tile_step + r * LLMPAR__THIN_COLUMNS + p * LANES)) }
         for (; k < end; k += LLMPAR__THIN_K_PER_WORD(form), w += STEP, ahead += span->ahead_step, x += links * block, more += links * block) {
             LLMPAR__THIN_UNROLL
             for (t = 0; t < tiles; t++) {
@@ -28606,6 +28655,8 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
     }
     now.w = (const char *)words;
     now.parts = 1;
+    now.fresh = 0;
+    for (i = 0; i < span->parts && span->fresh; i++) memset(now.sums + i * span->part_step, 0, (size_t)(span->rows * LLMPAR__THIN_COLUMNS) * sizeof *now.sums);
     if (COLUMNS > LANES && span->columns <= LANES) memset(words, 0, sizeof words); /* the other panel's lanes are multiplied, and read by nobody */
     for (; done < span->k; done += step) {
         int64_t over = done * size + distance - bytes;
@@ -29487,7 +29538,6 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_scores)(const llmpar__attentio
             span->next = next;
             span->next_ld = next_ld;
         }
-        memset(span->sums, 0, (size_t)(span->parts * size) * sizeof *p);
         job->decode(span);
         for (int64_t r = 0; r < span->parts * rows; r++) {
             const float *sums = span->sums + r / rows * size;
@@ -29578,7 +29628,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int3
     span.k = heads * e;
     span.x_k = heads * links;
     span.ld = a->ldk * size;
-    span.tiles = 1;
+    span.tiles = span.fresh = 1;
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
         end = llmpar__attention_document(a, b, i, &begin);
         int64_t queries = end - i, rows = group * queries, q_row = b * a->tq + i - (a->tk - a->tq), keys = end - begin, k_at = (b * a->tk_stride + begin) * a->ldk + kv * e, v_at = (b * a->tk_stride + begin) * a->ldv + kv * e;

@@ -380,8 +380,10 @@ TEST(large_products)
     FOR_LEVELS(level) for (int threads = 1; threads <= 3; threads++) {
         machine w;
         machine_begin(&w, level, threads);
-        FOR_DTYPES(&w, dtype, r)
+        FOR_DTYPES(&w, dtype, r) {
             for (int round = 0, fine = 1; round < test_rounds(8) && fine; round++) fine = check_any(&w, dtype, r, 1 + below(16), 40 * r + below(30 * r), round + 5 * threads + level, round % 2, 8);
+            check_any(&w, dtype, r, threads == 2 ? 1 : 3, (4 * 33 * threads + 5) * r + 3, threads + 4, 0, 1); /* more results than a worker holds back */
+        }
         machine_end(&w);
     }
 }

@@ -7,7 +7,7 @@
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
-/* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
+/* sums[rows, columns] (+)= x[rows, k] w[columns, k]^T. */
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
@@ -17,6 +17,7 @@ typedef struct llmpar__gemm_thin_span {
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
     int64_t ld, next_ld, ahead_step, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
+    int32_t fresh;                    /* the chains begin at 0, and sums are not read */
     int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or what llmpar__gemm_thin_group says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
     int64_t tile;
 } llmpar__gemm_thin_span;
