@@ -382,6 +382,7 @@ TEST(large_products)
         machine_begin(&w, level, threads);
         FOR_DTYPES(&w, dtype, r) {
             for (int round = 0, fine = 1; round < test_rounds(8) && fine; round++) fine = check_any(&w, dtype, r, 1 + below(16), 40 * r + below(30 * r), round + 5 * threads + level, round % 2, 8);
+            for (int64_t m = 17, fine = 1; m < 60 && fine; m += 14) fine = check_any(&w, dtype, r, m, 5 * r + below(60 * r), (int)m + threads, m % 2 == 0, 1); /* rows by sixteens */
             check_any(&w, dtype, r, threads == 2 ? 1 : 3, (4 * 33 * threads + 5) * r + 3, threads + 4, 0, 1); /* more results than a worker holds back */
         }
         machine_end(&w);
@@ -395,7 +396,7 @@ typedef struct refusal { const char *name; llmpar_status want; llmpar_dtype dtyp
 static void spoil_product(int which, llmpar_gemm_args *args, llmpar_gemm_segment *s)
 {
     switch (which) {
-    case 0: args->m = 17; break;
+    case 0: args->dtype = args->out_dtype = LLMPAR_I32; break;
     case 1: args->kind = LLMPAR_GEMM_NN; break;
     case 2: args->kind = LLMPAR_GEMM_TN; break;
     case 3: args->dtype = args->out_dtype = LLMPAR_F64; break;
@@ -477,7 +478,7 @@ static void refuse_layout(machine *m, int which, const refusal *refused)
 
 TEST(refusals)
 {
-    static const refusal products[] = { { "17 rows", LLMPAR_ERR_ARGUMENT, LLMPAR_F32 }, { "NN", LLMPAR_ERR_ARGUMENT, LLMPAR_BF16 }, { "TN", LLMPAR_ERR_ARGUMENT, LLMPAR_F32 }, { "f64", LLMPAR_ERR_ARGUMENT, LLMPAR_F32 },
+    static const refusal products[] = { { "i32", LLMPAR_ERR_UNSUPPORTED, LLMPAR_F32 }, { "NN", LLMPAR_ERR_ARGUMENT, LLMPAR_BF16 }, { "TN", LLMPAR_ERR_ARGUMENT, LLMPAR_F32 }, { "f64", LLMPAR_ERR_ARGUMENT, LLMPAR_F32 },
         { "half a word of k", LLMPAR_ERR_ARGUMENT, LLMPAR_BF16 }, { "half a word a row", LLMPAR_ERR_ARGUMENT, LLMPAR_BF16 }, { "from half a word on", LLMPAR_ERR_ARGUMENT, LLMPAR_BF16 }, { "columns before the first", LLMPAR_ERR_ARGUMENT, LLMPAR_F32 },
         { "columns behind the last", LLMPAR_ERR_ARGUMENT, LLMPAR_BF16 }, { "workspace", LLMPAR_ERR_ARGUMENT, LLMPAR_F32 } };
     static const refusal layouts[] = { { "half a word a row", LLMPAR_ERR_SHAPE, LLMPAR_BF16 }, { "n < 0", LLMPAR_ERR_SHAPE, LLMPAR_F32 }, { "k < 0", LLMPAR_ERR_SHAPE, LLMPAR_F32 }, { "half a word on, bf16", LLMPAR_ERR_ARGUMENT, LLMPAR_BF16 },

@@ -548,9 +548,10 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
 {
     llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;
     llmpar__gemm_run run;
-    size_t bytes = args->workspace ? args->workspace_bytes : 0, need = llmpar__gemm_need(&run, &cpu, args);
+    int thin = llmpar__gemm_thin_takes(&cpu, args) || llmpar__gemm_has_interleaved(args);
+    size_t bytes = args->workspace ? args->workspace_bytes : 0, need = thin ? llmpar__gemm_thin_workspace(&cpu, args) : llmpar__gemm_need(&run, &cpu, args);
     if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
-    if (llmpar__gemm_thin_takes(&cpu, args)) {
+    if (thin) {
         llmpar__gemm_thin(&cpu, args);
         return LLMPAR_OK;
     }
@@ -596,8 +597,8 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
         if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
         if (!segment->interleaved) continue;
-        if (args->kind != LLMPAR_GEMM_NT || args->m > 16 || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, at most 16 rows, a type that has such weights, and whole words, got kind %d, m = %lld, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind, (long long)args->m,
+        if (args->kind != LLMPAR_GEMM_NT || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
+            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, a type that has such weights, and whole words, got kind %d, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind,
                                     llmpar_dtype_name(args->dtype), (long long)segment->begin, (long long)segment->k, (long long)segment->ldb);
     }
     return LLMPAR_OK;

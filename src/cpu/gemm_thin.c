@@ -252,6 +252,8 @@ typedef struct llmpar__gemm_thin_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
+    int64_t first, m;                 /* rows of a and c: at most 16 */
+    char *c;                          /* the first of these */
     int64_t links, tiles;             /* of all segments together; of columns */
     int32_t group;                    /* interleaved tiles that go together */
     int32_t rows, levels, kind;       /* rows: with those that fill up the last block of 8; levels: partial sums that wait at any time */
@@ -273,17 +275,21 @@ static int64_t llmpar__gemm_thin_links(const llmpar__gemm_thin_run *run, int64_t
 static int64_t llmpar__gemm_thin_slots(const llmpar__gemm_thin_run *run) { return (run->args->pieces < LLMPAR__THIN_PARTS ? run->args->pieces : (int64_t)LLMPAR__THIN_PARTS) + run->levels; }
 static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
 
-static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+/* Of rows `first` and on. */
+static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args, int64_t first)
 {
     int32_t s, p;
     memset(run, 0, sizeof *run);
     run->args = args;
+    run->first = first;
+    run->m = args->m - first < LLMPAR__THIN_ROWS ? args->m - first : (int64_t)LLMPAR__THIN_ROWS;
     run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->out_size = run->half_out.narrow ? 2 : 4;
+    run->c = (char *)args->c + first * args->ldc * run->out_size;
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
-    run->rows = llmpar__gemm_thin_filled(args->m);
+    run->rows = llmpar__gemm_thin_filled(run->m);
     run->group = llmpar__gemm_thin_group(run->rows, run->level.most);
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
@@ -313,7 +319,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     int64_t chains;
-    llmpar__gemm_thin_prepare(&run, cpu, args);
+    llmpar__gemm_thin_prepare(&run, cpu, args, 0);
     chains = run.group * run.rows > run.level.most ? run.group * run.rows : run.level.most; /* as fewer rows may have */
     return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * (llmpar__gemm_thin_slots(&run) + LLMPAR__THIN_HELD) * chains * LLMPAR__THIN_COLUMNS) + (size_t)llmpar__pool_threads(cpu) * sizeof(llmpar__gemm_thin_range) + 63;
 }
@@ -330,11 +336,12 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
     for (s = 0; s < args->segment_count; at += llmpar__gemm_thin_links(run, args->segments[s++].k)) {
         const llmpar_gemm_segment *segment = &args->segments[s];
         for (row = 0; row < run->rows; row += BLOCK) {
-            int32_t rows = run->rows - row < BLOCK ? run->rows - row : (int32_t)BLOCK, valid = args->m - row < BLOCK ? (int32_t)args->m - row : (int32_t)BLOCK;
+            int32_t rows = run->rows - row < BLOCK ? run->rows - row : (int32_t)BLOCK, valid = run->m - row < BLOCK ? (int32_t)run->m - row : (int32_t)BLOCK;
             void (*turn)(const char *in, int64_t ld, float *out, int64_t step) = rows == BLOCK ? run->level.turn : NULL;
             float *out = run->x + row * run->links + at * rows;
+            int64_t begin = (run->first + row) * segment->lda;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
-                const uint16_t *in = (const uint16_t *)segment->a + row * segment->lda;
+                const uint16_t *in = (const uint16_t *)segment->a + begin;
                 k = rows == 1 ? segment->k / 2 * 2 : 0;
                 if (k) memcpy(out, in, (size_t)k * sizeof *in);
                 for (out += k / 2; turn && valid == rows && k + 2 * rows <= segment->k; k += 2 * rows, out += rows * rows) turn((const char *)(in + k), segment->lda * (int64_t)sizeof *in, out, BLOCK);
@@ -348,14 +355,14 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
                 continue;
             }
             if (rows == 1) {
-                const void *in = llmpar__half_read(&run->half, segment->a, row * segment->lda, segment->k, out);
+                const void *in = llmpar__half_read(&run->half, segment->a, begin, segment->k, out);
                 if (in != (const void *)out) memcpy(out, in, (size_t)segment->k * sizeof *out);
                 continue;
             }
             for (k = 0; k < segment->k; k += PART) {
                 int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
                 for (r = 0; r < valid; r++) {
-                    const void *in = llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]);
+                    const void *in = llmpar__half_read(&run->half, segment->a, begin + r * segment->lda + k, count, wide[r]);
                     if (in != (const void *)wide[r]) memcpy(wide[r], in, (size_t)count * sizeof(float));
                 }
                 for (i = 0; turn && i + rows <= count; i += rows, out += rows * rows) turn((const char *)&wide[0][i], sizeof wide[0], out, BLOCK);
@@ -404,21 +411,21 @@ static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, c
     return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + k * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
 }
 
-/* sums = c[rows, columns], from element c_at of args->c on */
+/* sums = c[rows, columns], from element c_at of the first row on */
 static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, int64_t c_at, int64_t columns, float *sums)
 {
     int64_t r;
-    for (r = 0; r < run->args->m; r++, c_at += run->args->ldc) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)run->args->c + c_at, (size_t)columns * sizeof *sums);
+    for (r = 0; r < run->m; r++, c_at += run->args->ldc) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)(const void *)run->c + c_at, (size_t)columns * sizeof *sums);
 }
 
-/* c[rows, columns], element c_at of args->c and on, = sums */
+/* c[rows, columns], element c_at of the first row and on, = sums */
 static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const float *sums, int64_t c_at, int64_t columns)
 {
     int64_t r;
-    for (r = 0; r < run->args->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
-        if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->args->c, c_at, columns, sums);
-        else if (columns == LLMPAR__THIN_COLUMNS) memcpy((float *)run->args->c + c_at, sums, LLMPAR__THIN_COLUMNS * sizeof *sums); /* without a call */
-        else memcpy((float *)run->args->c + c_at, sums, (size_t)columns * sizeof *sums);
+    for (r = 0; r < run->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
+        if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->c, c_at, columns, sums);
+        else if (columns == LLMPAR__THIN_COLUMNS) memcpy((float *)(void *)run->c + c_at, sums, LLMPAR__THIN_COLUMNS * sizeof *sums); /* without a call */
+        else memcpy((float *)(void *)run->c + c_at, sums, (size_t)columns * sizeof *sums);
     }
 }
 
@@ -468,8 +475,8 @@ static void llmpar__gemm_thin_release(const llmpar__gemm_thin_run *run, const ll
 {
     int64_t bytes = run->level.columns * run->out_size, t, r, unit;
     for (t = 0; t < run->group; t++)
-        for (r = 0; r < run->args->m; r++) {
-            char *to = (char *)run->args->c + r * run->args->ldc * run->out_size + (range->begin + first + t * range->apart) * bytes;
+        for (r = 0; r < run->m; r++) {
+            char *to = run->c + r * run->args->ldc * run->out_size + (range->begin + first + t * range->apart) * bytes;
             for (unit = first; unit < end; unit++, to += bytes) {
                 const char *from = llmpar__gemm_thin_held(run, unit, worker) + (t * run->rows + r) * LLMPAR__THIN_COLUMNS * run->out_size;
                 if (bytes == 32) memcpy(to, from, 32); /* without a call */
@@ -494,7 +501,7 @@ static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpa
     at.tile = tile;
     more = llmpar__gemm_thin_next(run, &at);
     for (t = 0; t < tiles && !held; t++) /* lines that are written last: else each store waits for its own */
-        for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * run->out_size, 1, 2);
+        for (i = 0; i < run->m; i++) __builtin_prefetch(run->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * run->out_size, 1, 2);
     for (piece = 0; piece < args->pieces; piece++) {
         float *sums = all + (run->parts ? piece * size : 0);
         int fresh = !args->accumulate && more && args->segments[at.segment].piece == piece;
@@ -558,18 +565,17 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     }
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args)
+static void llmpar__gemm_thin_rows(llmpar__cpu *cpu, const llmpar_gemm_args *args, int64_t first)
 {
     llmpar__gemm_thin_run run;
     char *at = (char *)args->workspace;
     int32_t s;
-    llmpar__gemm_thin_prepare(&run, cpu, args);
-    for (s = 0; s < args->segment_count && !args->segments[s].interleaved; s++) { }
-    if (s == args->segment_count) run.group = 1;
+    llmpar__gemm_thin_prepare(&run, cpu, args, first);
+    if (!llmpar__gemm_has_interleaved(args)) run.group = 1;
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
     at += llmpar__gemm_thin_round(run.links * run.rows);
-    run.threads = (double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL ? 1 : llmpar__pool_threads(cpu);
+    run.threads = (double)args->n * (double)run.links * (double)(run.half.size + run.m) < LLMPAR__THIN_SERIAL ? 1 : llmpar__pool_threads(cpu);
     run.ranges = (llmpar__gemm_thin_range *)(void *)at;
     run.sums = (float *)(void *)(run.ranges + run.threads);
     run.held = (char *)(run.sums + run.threads * llmpar__gemm_thin_slots(&run) * run.group * run.rows * LLMPAR__THIN_COLUMNS);
@@ -583,6 +589,12 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     }
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.threads);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    int64_t first;
+    for (first = 0; first < args->m; first += LLMPAR__THIN_ROWS) llmpar__gemm_thin_rows(cpu, args, first);
 }
 
 #undef LLMPAR__THIN_VECTOR

@@ -44,7 +44,13 @@ static inline int32_t llmpar__gemm_thin_group(int32_t rows, int32_t most) { retu
 /* Whether this product is one of gemm_thin's: NT, at most 16 rows, a type it reads at this level. Its bits are those of any other path. */
 LLMPAR__PRIVATE int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
 LLMPAR__PRIVATE size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
-/* args->workspace has that many bytes. */
+static inline int llmpar__gemm_has_interleaved(const llmpar_gemm_args *args)
+{
+    int32_t s = 0;
+    while (s < args->segment_count && !args->segments[s].interleaved) s++;
+    return s < args->segment_count;
+}
+/* Any number of rows, sixteen at a time. args->workspace has the bytes that so many need. */
 LLMPAR__PRIVATE void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args);
 
 #endif

@@ -30,7 +30,7 @@ typedef struct llmpar_gemm_segment {
     int64_t lda, ldb;
     int64_t k;        /* extent of the summed dim in this part, >= 0 */
     int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
-    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them; args.n is all their rows, or a multiple of r. NT, m <= 16 alone; 0: rows */
+    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them; args.n is all their rows, or a multiple of r. NT alone; 0: rows */
     int64_t begin;
 } llmpar_gemm_segment;
 
