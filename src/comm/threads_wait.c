@@ -27,15 +27,6 @@
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
 
-static void llmpar__threads_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    __asm__ __volatile__("yield");
-#endif
-}
-
 LLMPAR__PRIVATE_DEF llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc) { return llmpar_device_thread_error(tc->comm.device, tc->comm.error); }
 
 /* World. */
@@ -367,7 +358,7 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__
     if (!world->desc.lockstep)
         for (int32_t i = 0; i < world->spins + LLMPAR__THREADS_YIELDS; i++) {
             if (llmpar__threads_ready(wait)) return LLMPAR_OK;
-            if (i < world->spins) llmpar__threads_pause();
+            if (i < world->spins) llmpar__clock_pause();
             else sched_yield();
         }
     pthread_mutex_lock(&world->lock);

@@ -1,5 +1,6 @@
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
+#include "base/clock_internal.h"
 #include "base/float_state_internal.h"
 #include "base/processors_internal.h"
 #include "cpu/cpu_internal.h"
@@ -39,15 +40,6 @@ struct llmpar__pool {
     int32_t busy;       /* a run is on: the rank's thread and the stream with the pool may come at the same time */
     int stop;
 };
-
-static void llmpar__pool_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    __asm__ __volatile__("yield");
-#endif
-}
 
 LLMPAR__PRIVATE_DEF void llmpar__thread_get_name(char name[16])
 {
@@ -113,10 +105,7 @@ static void *llmpar__pool_main(void *arg)
     llmpar__thread_place(pool->cpu, self->index);
     for (;;) {
         int spins = 0;
-        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < pool->spins) {
-            llmpar__pool_pause();
-            spins++;
-        }
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins++ < pool->spins) llmpar__clock_pause();
         if (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) {
             pthread_mutex_lock(&pool->mutex);
             while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&pool->start, &pool->mutex);
@@ -216,10 +205,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
     __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
     llmpar__pool_release(pool);
     llmpar__pool_take(pool, 0);
-    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < pool->spins) {
-        llmpar__pool_pause();
-        spins++;
-    }
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins++ < pool->spins) llmpar__clock_pause();
     if (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) {
         pthread_mutex_lock(&pool->mutex);
         while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
