@@ -33,12 +33,12 @@ struct llmpar__pool {
     void (*fn)(void *arg, int64_t task, int32_t worker);
     void *arg;
     int64_t tasks;
+    int stop;           /* instead of a run */
     /* atomic */
     int64_t next;       /* first task nobody has taken */
     uint32_t generation;
     int32_t active;     /* workers that have not finished the current run */
     int32_t busy;       /* a run is on: the rank's thread and the stream with the pool may come at the same time */
-    int stop;
 };
 
 LLMPAR__PRIVATE_DEF void llmpar__thread_get_name(char name[16])
@@ -112,7 +112,7 @@ static void *llmpar__pool_main(void *arg)
             pthread_mutex_unlock(&pool->mutex);
         }
         seen++;
-        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return NULL;
+        if (pool->stop) return NULL;
         llmpar__pool_take(pool, self->index);
         if (__atomic_sub_fetch(&pool->active, 1, __ATOMIC_ACQ_REL) == 0) {
             pthread_mutex_lock(&pool->mutex); /* so that the caller is either before its test of `active` or asleep */
@@ -135,7 +135,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
 {
     int32_t i;
     if (!pool) return;
-    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
+    pool->stop = 1;
     llmpar__pool_release(pool);
     for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
     pthread_cond_destroy(&pool->done);
