@@ -380,7 +380,8 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__
     return status;
 }
 
-/* Wakes whoever sleeps on the group's words, after one of them was changed. */
+/* Wakes whoever sleeps on the group's words, after one of them was changed. I change the word, then look for sleepers; a sleeper announces itself, then looks at the word: all four are sequentially consistent,
+   or both could see what was before and sleep for ever. No x86 shows it. */
 static void llmpar__threads_wake(llmpar__threads_group *group)
 {
     if (!__atomic_load_n(&group->sleepers, __ATOMIC_SEQ_CST)) return;
@@ -401,14 +402,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *
         llmpar__threads_wake(group);
         return LLMPAR_OK;
     }
-    llmpar__threads_wait wait;
-    wait.word = &group->barrier;
-    wait.high = (uint32_t)(old >> 32);
-    wait.number = tc->number;
-    wait.peer = -1;
-    wait.abortable = abortable;
-    wait.group = group;
-    wait.call = call;
+    llmpar__threads_wait wait = {NULL, &group->barrier, (uint32_t)(old >> 32), tc->number, -1, abortable, group, call};
     return llmpar__threads_wait_for(tc, &wait);
 }
 
@@ -422,14 +416,7 @@ LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__t
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
 {
-    llmpar__threads_wait wait;
-    wait.word = &channel->phase;
-    wait.high = step;
-    wait.number = 0;
-    wait.peer = peer;
-    wait.abortable = abortable;
-    wait.group = tc->group;
-    wait.call = call;
+    llmpar__threads_wait wait = {NULL, &channel->phase, step, 0, peer, abortable, tc->group, call};
     return llmpar__threads_wait_for(tc, &wait);
 }
 
