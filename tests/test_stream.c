@@ -92,6 +92,41 @@ TEST(streams_run_at_the_same_time)
     gate_destroy(&b);
 }
 
+/* A stream's thread asks the device for its error while the rank's thread begins and ends other streams: under ThreadSanitizer, what both touch must be under the lock. */
+typedef struct asks { llmpar_device *device; gate *begun, *end; } asks;
+static llmpar_status run_ask(void *arg)
+{
+    asks *a = (asks *)arg;
+    gate_add(a->begun);
+    while (!gate_get(a->end))
+        if (!llmpar_device_thread_error(a->device, NULL)) return LLMPAR_ERR_INTERNAL;
+    return LLMPAR_OK;
+}
+
+TEST(streams_begin_and_end_beside_one_that_runs)
+{
+    rig r;
+    gate begun, end;
+    gate_init(&begun);
+    gate_init(&end);
+    rig_begin(&r, 1, 1, 1);
+    asks a = {r.device, &begun, &end};
+    CHECK_OK(r.device->host_call(r.device, r.stream[0], run_ask, &a, sizeof a));
+    CHECK_OK(gate_wait(&begun, 1));
+    for (int i = 0; i < 8; i++) {
+        llmpar_stream *stream = NULL;
+        usleep(2000); /* the other thread looks at all streams that there are, and have been */
+        CHECK_OK(r.device->stream_create(r.device, "another", &stream));
+        CHECK_OK(llmpar_device_stream_thread(r.device, stream));
+        r.device->stream_destroy(r.device, stream);
+    }
+    gate_add(&end);
+    CHECK_OK(r.device->synchronize(r.device, r.stream[0]));
+    rig_end(&r);
+    gate_destroy(&begun);
+    gate_destroy(&end);
+}
+
 /* An operation on the rank's thread and one on a stream's both want the workers; one that only the first threaded stream may have. */
 TEST(one_pool_and_many_streams)
 {
@@ -597,5 +632,5 @@ TEST(random_graphs_have_the_same_bytes)
     rig_end(&plain);
 }
 
-TEST_LIST(T_(a_thread_of_its_own), T_(streams_run_at_the_same_time), T_(one_pool_and_many_streams), T_(a_full_ring_waits), T_(arguments_larger_than_the_ring), T_(events_between_streams),
+TEST_LIST(T_(a_thread_of_its_own), T_(streams_run_at_the_same_time), T_(streams_begin_and_end_beside_one_that_runs), T_(one_pool_and_many_streams), T_(a_full_ring_waits), T_(arguments_larger_than_the_ring), T_(events_between_streams),
           T_(a_failure_sticks_and_goes_along_events), T_(an_end_with_work_in_the_queue), T_(without_memory), T_(random_graphs_have_the_same_bytes))

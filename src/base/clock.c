@@ -36,3 +36,12 @@ LLMPAR__PRIVATE_DEF void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_m
     until.tv_nsec = nanoseconds % 1000000000;
     pthread_cond_timedwait(cond, lock, &until);
 }
+
+LLMPAR__PRIVATE_DEF void llmpar__clock_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ __volatile__("isb"); /* `yield` is a nop on most: all looks would be over before a sleeper could wake */
+#endif
+}

@@ -61,7 +61,7 @@ static llmpar_status llmpar__threads_meet(llmpar__threads_comm *tc, const llmpar
     all[rank].call = *call;
     all[rank].fingerprint = tc->comm.unchecked ? 0 : llmpar_call_fingerprint(&call->what);
     if (bytes) memcpy(all[rank].payload, payload, bytes);
-    __atomic_store_n(&group->arrived[rank], number, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&group->arrived[rank], number, __ATOMIC_RELAXED); /* read behind `finished` only */
     st = llmpar__threads_barrier(tc, &all[rank].call.what, 1);
     if (st) return st;
     for (int32_t i = 1; i < group->ranks; i++)

@@ -27,15 +27,6 @@
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
 
-static void llmpar__threads_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    __asm__ __volatile__("yield");
-#endif
-}
-
 LLMPAR__PRIVATE_DEF llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc) { return llmpar_device_thread_error(tc->comm.device, tc->comm.error); }
 
 /* World. */
@@ -367,7 +358,7 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__
     if (!world->desc.lockstep)
         for (int32_t i = 0; i < world->spins + LLMPAR__THREADS_YIELDS; i++) {
             if (llmpar__threads_ready(wait)) return LLMPAR_OK;
-            if (i < world->spins) llmpar__threads_pause();
+            if (i < world->spins) llmpar__clock_pause();
             else sched_yield();
         }
     pthread_mutex_lock(&world->lock);
@@ -389,7 +380,8 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__
     return status;
 }
 
-/* Wakes whoever sleeps on the group's words, after one of them was changed. */
+/* Wakes whoever sleeps on the group's words, after one of them was changed. I change the word, then look for sleepers; a sleeper announces itself, then looks at the word: all four are sequentially consistent,
+   or both could see what was before and sleep for ever. No x86 shows it. */
 static void llmpar__threads_wake(llmpar__threads_group *group)
 {
     if (!__atomic_load_n(&group->sleepers, __ATOMIC_SEQ_CST)) return;
@@ -410,14 +402,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *
         llmpar__threads_wake(group);
         return LLMPAR_OK;
     }
-    llmpar__threads_wait wait;
-    wait.word = &group->barrier;
-    wait.high = (uint32_t)(old >> 32);
-    wait.number = tc->number;
-    wait.peer = -1;
-    wait.abortable = abortable;
-    wait.group = group;
-    wait.call = call;
+    llmpar__threads_wait wait = {NULL, &group->barrier, (uint32_t)(old >> 32), tc->number, -1, abortable, group, call};
     return llmpar__threads_wait_for(tc, &wait);
 }
 
@@ -431,14 +416,7 @@ LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__t
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
 {
-    llmpar__threads_wait wait;
-    wait.word = &channel->phase;
-    wait.high = step;
-    wait.number = 0;
-    wait.peer = peer;
-    wait.abortable = abortable;
-    wait.group = tc->group;
-    wait.call = call;
+    llmpar__threads_wait wait = {NULL, &channel->phase, step, 0, peer, abortable, tc->group, call};
     return llmpar__threads_wait_for(tc, &wait);
 }
 

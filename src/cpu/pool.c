@@ -1,5 +1,6 @@
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
+#include "base/clock_internal.h"
 #include "base/float_state_internal.h"
 #include "base/processors_internal.h"
 #include "cpu/cpu_internal.h"
@@ -32,22 +33,13 @@ struct llmpar__pool {
     void (*fn)(void *arg, int64_t task, int32_t worker);
     void *arg;
     int64_t tasks;
+    int stop;           /* instead of a run */
     /* atomic */
     int64_t next;       /* first task nobody has taken */
     uint32_t generation;
     int32_t active;     /* workers that have not finished the current run */
     int32_t busy;       /* a run is on: the rank's thread and the stream with the pool may come at the same time */
-    int stop;
 };
-
-static void llmpar__pool_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    __asm__ __volatile__("yield");
-#endif
-}
 
 LLMPAR__PRIVATE_DEF void llmpar__thread_get_name(char name[16])
 {
@@ -113,17 +105,14 @@ static void *llmpar__pool_main(void *arg)
     llmpar__thread_place(pool->cpu, self->index);
     for (;;) {
         int spins = 0;
-        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < pool->spins) {
-            llmpar__pool_pause();
-            spins++;
-        }
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins++ < pool->spins) llmpar__clock_pause();
         if (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) {
             pthread_mutex_lock(&pool->mutex);
             while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&pool->start, &pool->mutex);
             pthread_mutex_unlock(&pool->mutex);
         }
         seen++;
-        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return NULL;
+        if (pool->stop) return NULL;
         llmpar__pool_take(pool, self->index);
         if (__atomic_sub_fetch(&pool->active, 1, __ATOMIC_ACQ_REL) == 0) {
             pthread_mutex_lock(&pool->mutex); /* so that the caller is either before its test of `active` or asleep */
@@ -146,7 +135,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
 {
     int32_t i;
     if (!pool) return;
-    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
+    pool->stop = 1;
     llmpar__pool_release(pool);
     for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
     pthread_cond_destroy(&pool->done);
@@ -216,10 +205,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
     __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
     llmpar__pool_release(pool);
     llmpar__pool_take(pool, 0);
-    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < pool->spins) {
-        llmpar__pool_pause();
-        spins++;
-    }
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins++ < pool->spins) llmpar__clock_pause();
     if (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) {
         pthread_mutex_lock(&pool->mutex);
         while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);

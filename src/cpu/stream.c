@@ -351,7 +351,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     }
     llmpar__thread_get_name(base);
     llmpar__thread_make_name(q->name, base, name);
-    q->stop = q->known = 0;
+    q->stop = 0; /* `known` is 0, and others read it */
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, LLMPAR__STREAM_STACK);
     int failed = pthread_create(&q->thread, &attributes, llmpar__stream_main, q);

@@ -36,7 +36,7 @@ typedef struct llmpar__cuda_call {
     struct llmpar__cuda_call *next; /* of the device's list, which only grows */
     llmpar__cuda_stream *stream;
     llmpar_status (*fn)(void *arg);
-    pthread_t thread;          /* that runs fn, while `state` says so */
+    pthread_t thread;          /* that runs fn, while `state` says so. Another one may write it while it is read: what the reader cannot find there is itself */
     int state;                 /* atomic: free, enqueued, running */
     union { unsigned char bytes[256]; long double align; void *pointer; } arg;
 } llmpar__cuda_call;

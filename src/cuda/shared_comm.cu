@@ -170,7 +170,7 @@ static void llmpar__cuda_shared_close(llmpar__cuda_shared *shared)
     pthread_mutex_lock(&group->lock);
     group->closed = 1;
     pthread_mutex_unlock(&group->lock);
-    for (int32_t i = 0; i < group->ranks; i++)
+    for (int32_t i = 0; i < group->ranks; i++) /* a rank that is only now filling its place has issued nothing; an event was made before all met */
         if (group->place[i].done) cudaEventSynchronize(group->place[i].done);
     for (int32_t i = 0; i < group->ranks * group->ranks; i++)
         if (group->taken[i]) cudaEventSynchronize(group->taken[i]);
