@@ -122,11 +122,11 @@ template <int E> static __device__ __forceinline__ uint16_t *llmpar__cuda_tile_a
 template <int E> static __device__ __forceinline__ const uint16_t *llmpar__cuda_tile_mine(const uint16_t *matrix, int64_t ld) { return matrix + (int)threadIdx.x / (E / 8) * ld + (int)threadIdx.x % (E / 8) * 8; }
 
 /* Rows [first, first + Rows) of a matrix of `ld` elements a row into a tile; those from limit on become zero and are not read. In the background where rows are aligned; commit and wait are the caller's. */
-template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_tile_load(uint16_t *tile, const uint16_t *mine, int64_t ld, int first, int limit, int wide)
+template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_tile_load(uint16_t *tile, const uint16_t *mine, int64_t ld, int first, int limit, int wide, int thread = (int)threadIdx.x)
 {
     enum { STEP = LLMPAR__CUDA_ATTENTION_THREADS * 8 / E };
-    int row = (int)threadIdx.x / (E / 8);
-    uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, (int)threadIdx.x % (E / 8));
+    int row = thread / (E / 8);
+    uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, thread % (E / 8));
     const uint16_t *at = mine + first * ld;
     if (wide) {
 #pragma unroll
@@ -140,9 +140,9 @@ template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_t
 
 /* Where a lane's 16 bytes of a fragment begin in rows 0 .. 15 and columns 0 .. 15 of a tile; columns further on by 16 k differ in the bits of 16 k alone. `across`: lanes 8 .. 15 name the other half of the columns,
    else the other half of the rows. */
-template <int E> static __device__ __forceinline__ int llmpar__cuda_tile_lane(int across)
+template <int E> static __device__ __forceinline__ int llmpar__cuda_tile_lane(int across, int thread = (int)threadIdx.x)
 {
-    int lane = (int)threadIdx.x & 31, row = across ? (lane >> 4) * 8 + (lane & 7) : lane & 15, part = across ? lane >> 3 & 1 : lane >> 4;
+    int lane = thread & 31, row = across ? (lane >> 4) * 8 + (lane & 7) : lane & 15, part = across ? lane >> 3 & 1 : lane >> 4;
     return row * E + (part ^ (row & 7)) * 8;
 }
 /* a: rows row .. row+15, columns 16k .. 16k+15; lane: not across. */
