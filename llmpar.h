@@ -530,7 +530,7 @@ typedef struct llmpar_gemm_segment {
     int64_t lda, ldb;
     int64_t k;        /* extent of the summed dim in this part, >= 0 */
     int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
-    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them; args.n is all their rows, or a multiple of r. NT, m <= 16 alone; 0: rows */
+    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them; args.n is all their rows, or a multiple of r. NT alone; 0: rows */
     int64_t begin;
 } llmpar_gemm_segment;
 
@@ -4127,7 +4127,13 @@ static inline int32_t llmpar__gemm_thin_group(int32_t rows, int32_t most) { retu
 /* Whether this product is one of gemm_thin's: NT, at most 16 rows, a type it reads at this level. Its bits are those of any other path. */
 LLMPAR__PRIVATE int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
 LLMPAR__PRIVATE size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
-/* args->workspace has that many bytes. */
+static inline int llmpar__gemm_has_interleaved(const llmpar_gemm_args *args)
+{
+    int32_t s = 0;
+    while (s < args->segment_count && !args->segments[s].interleaved) s++;
+    return s < args->segment_count;
+}
+/* Any number of rows, sixteen at a time. args->workspace has the bytes that so many need. */
 LLMPAR__PRIVATE void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args);
 
 /* ---- src/cpu/gemm_thin.c goes on ---- */
@@ -4379,6 +4385,8 @@ typedef struct llmpar__gemm_thin_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
+    int64_t first, m;                 /* rows of a and c: at most 16 */
+    char *c;                          /* the first of these */
     int64_t links, tiles;             /* of all segments together; of columns */
     int32_t group;                    /* interleaved tiles that go together */
     int32_t rows, levels, kind;       /* rows: with those that fill up the last block of 8; levels: partial sums that wait at any time */
@@ -4400,17 +4408,21 @@ static int64_t llmpar__gemm_thin_links(const llmpar__gemm_thin_run *run, int64_t
 static int64_t llmpar__gemm_thin_slots(const llmpar__gemm_thin_run *run) { return (run->args->pieces < LLMPAR__THIN_PARTS ? run->args->pieces : (int64_t)LLMPAR__THIN_PARTS) + run->levels; }
 static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
 
-static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+/* Of rows `first` and on. */
+static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args, int64_t first)
 {
     int32_t s, p;
     memset(run, 0, sizeof *run);
     run->args = args;
+    run->first = first;
+    run->m = args->m - first < LLMPAR__THIN_ROWS ? args->m - first : (int64_t)LLMPAR__THIN_ROWS;
     run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->out_size = run->half_out.narrow ? 2 : 4;
+    run->c = (char *)args->c + first * args->ldc * run->out_size;
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
-    run->rows = llmpar__gemm_thin_filled(args->m);
+    run->rows = llmpar__gemm_thin_filled(run->m);
     run->group = llmpar__gemm_thin_group(run->rows, run->level.most);
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
@@ -4440,7 +4452,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     int64_t chains;
-    llmpar__gemm_thin_prepare(&run, cpu, args);
+    llmpar__gemm_thin_prepare(&run, cpu, args, 0);
     chains = run.group * run.rows > run.level.most ? run.group * run.rows : run.level.most; /* as fewer rows may have */
     return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * (llmpar__gemm_thin_slots(&run) + LLMPAR__THIN_HELD) * chains * LLMPAR__THIN_COLUMNS) + (size_t)llmpar__pool_threads(cpu) * sizeof(llmpar__gemm_thin_range) + 63;
 }
@@ -4457,11 +4469,12 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
     for (s = 0; s < args->segment_count; at += llmpar__gemm_thin_links(run, args->segments[s++].k)) {
         const llmpar_gemm_segment *segment = &args->segments[s];
         for (row = 0; row < run->rows; row += BLOCK) {
-            int32_t rows = run->rows - row < BLOCK ? run->rows - row : (int32_t)BLOCK, valid = args->m - row < BLOCK ? (int32_t)args->m - row : (int32_t)BLOCK;
+            int32_t rows = run->rows - row < BLOCK ? run->rows - row : (int32_t)BLOCK, valid = run->m - row < BLOCK ? (int32_t)run->m - row : (int32_t)BLOCK;
             void (*turn)(const char *in, int64_t ld, float *out, int64_t step) = rows == BLOCK ? run->level.turn : NULL;
             float *out = run->x + row * run->links + at * rows;
+            int64_t begin = (run->first + row) * segment->lda;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
-                const uint16_t *in = (const uint16_t *)segment->a + row * segment->lda;
+                const uint16_t *in = (const uint16_t *)segment->a + begin;
                 k = rows == 1 ? segment->k / 2 * 2 : 0;
                 if (k) memcpy(out, in, (size_t)k * sizeof *in);
                 for (out += k / 2; turn && valid == rows && k + 2 * rows <= segment->k; k += 2 * rows, out += rows * rows) turn((const char *)(in + k), segment->lda * (int64_t)sizeof *in, out, BLOCK);
@@ -4475,14 +4488,14 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
                 continue;
             }
             if (rows == 1) {
-                const void *in = llmpar__half_read(&run->half, segment->a, row * segment->lda, segment->k, out);
+                const void *in = llmpar__half_read(&run->half, segment->a, begin, segment->k, out);
                 if (in != (const void *)out) memcpy(out, in, (size_t)segment->k * sizeof *out);
                 continue;
             }
             for (k = 0; k < segment->k; k += PART) {
                 int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
                 for (r = 0; r < valid; r++) {
-                    const void *in = llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]);
+                    const void *in = llmpar__half_read(&run->half, segment->a, begin + r * segment->lda + k, count, wide[r]);
                     if (in != (const void *)wide[r]) memcpy(wide[r], in, (size_t)count * sizeof(float));
                 }
                 for (i = 0; turn && i + rows <= count; i += rows, out += rows * rows) turn((const char *)&wide[0][i], sizeof wide[0], out, BLOCK);
@@ -4531,21 +4544,21 @@ static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, c
     return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + k * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
 }
 
-/* sums = c[rows, columns], from element c_at of args->c on */
+/* sums = c[rows, columns], from element c_at of the first row on */
 static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, int64_t c_at, int64_t columns, float *sums)
 {
     int64_t r;
-    for (r = 0; r < run->args->m; r++, c_at += run->args->ldc) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)run->args->c + c_at, (size_t)columns * sizeof *sums);
+    for (r = 0; r < run->m; r++, c_at += run->args->ldc) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)(const void *)run->c + c_at, (size_t)columns * sizeof *sums);
 }
 
-/* c[rows, columns], element c_at of args->c and on, = sums */
+/* c[rows, columns], element c_at of the first row and on, = sums */
 static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const float *sums, int64_t c_at, int64_t columns)
 {
     int64_t r;
-    for (r = 0; r < run->args->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
-        if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->args->c, c_at, columns, sums);
-        else if (columns == LLMPAR__THIN_COLUMNS) memcpy((float *)run->args->c + c_at, sums, LLMPAR__THIN_COLUMNS * sizeof *sums); /* without a call */
-        else memcpy((float *)run->args->c + c_at, sums, (size_t)columns * sizeof *sums);
+    for (r = 0; r < run->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
+        if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->c, c_at, columns, sums);
+        else if (columns == LLMPAR__THIN_COLUMNS) memcpy((float *)(void *)run->c + c_at, sums, LLMPAR__THIN_COLUMNS * sizeof *sums); /* without a call */
+        else memcpy((float *)(void *)run->c + c_at, sums, (size_t)columns * sizeof *sums);
     }
 }
 
@@ -4595,8 +4608,8 @@ static void llmpar__gemm_thin_release(const llmpar__gemm_thin_run *run, const ll
 {
     int64_t bytes = run->level.columns * run->out_size, t, r, unit;
     for (t = 0; t < run->group; t++)
-        for (r = 0; r < run->args->m; r++) {
-            char *to = (char *)run->args->c + r * run->args->ldc * run->out_size + (range->begin + first + t * range->apart) * bytes;
+        for (r = 0; r < run->m; r++) {
+            char *to = run->c + r * run->args->ldc * run->out_size + (range->begin + first + t * range->apart) * bytes;
             for (unit = first; unit < end; unit++, to += bytes) {
                 const char *from = llmpar__gemm_thin_held(run, unit, worker) + (t * run->rows + r) * LLMPAR__THIN_COLUMNS * run->out_size;
                 if (bytes == 32) memcpy(to, from, 32); /* without a call */
@@ -4621,7 +4634,7 @@ static void llmpar__gemm_thin_unit(const llmpar__gemm_thin_run *run, const llmpa
     at.tile = tile;
     more = llmpar__gemm_thin_next(run, &at);
     for (t = 0; t < tiles && !held; t++) /* lines that are written last: else each store waits for its own */
-        for (i = 0; i < args->m; i++) __builtin_prefetch((char *)args->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * run->out_size, 1, 2);
+        for (i = 0; i < run->m; i++) __builtin_prefetch(run->c + (i * args->ldc + (tile + t * apart) * run->level.columns) * run->out_size, 1, 2);
     for (piece = 0; piece < args->pieces; piece++) {
         float *sums = all + (run->parts ? piece * size : 0);
         int fresh = !args->accumulate && more && args->segments[at.segment].piece == piece;
@@ -4685,18 +4698,17 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     }
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args)
+static void llmpar__gemm_thin_rows(llmpar__cpu *cpu, const llmpar_gemm_args *args, int64_t first)
 {
     llmpar__gemm_thin_run run;
     char *at = (char *)args->workspace;
     int32_t s;
-    llmpar__gemm_thin_prepare(&run, cpu, args);
-    for (s = 0; s < args->segment_count && !args->segments[s].interleaved; s++) { }
-    if (s == args->segment_count) run.group = 1;
+    llmpar__gemm_thin_prepare(&run, cpu, args, first);
+    if (!llmpar__gemm_has_interleaved(args)) run.group = 1;
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
     at += llmpar__gemm_thin_round(run.links * run.rows);
-    run.threads = (double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL ? 1 : llmpar__pool_threads(cpu);
+    run.threads = (double)args->n * (double)run.links * (double)(run.half.size + run.m) < LLMPAR__THIN_SERIAL ? 1 : llmpar__pool_threads(cpu);
     run.ranges = (llmpar__gemm_thin_range *)(void *)at;
     run.sums = (float *)(void *)(run.ranges + run.threads);
     run.held = (char *)(run.sums + run.threads * llmpar__gemm_thin_slots(&run) * run.group * run.rows * LLMPAR__THIN_COLUMNS);
@@ -4710,6 +4722,12 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     }
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.threads);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    int64_t first;
+    for (first = 0; first < args->m; first += LLMPAR__THIN_ROWS) llmpar__gemm_thin_rows(cpu, args, first);
 }
 
 #undef LLMPAR__THIN_VECTOR
@@ -6095,9 +6113,10 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
 {
     llmpar__cpu cpu = *(llmpar__cpu *)device->state, alone = cpu;
     llmpar__gemm_run run;
-    size_t bytes = args->workspace ? args->workspace_bytes : 0, need = llmpar__gemm_need(&run, &cpu, args);
+    int thin = llmpar__gemm_thin_takes(&cpu, args) || llmpar__gemm_has_interleaved(args);
+    size_t bytes = args->workspace ? args->workspace_bytes : 0, need = thin ? llmpar__gemm_thin_workspace(&cpu, args) : llmpar__gemm_need(&run, &cpu, args);
     if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
-    if (llmpar__gemm_thin_takes(&cpu, args)) {
+    if (thin) {
         llmpar__gemm_thin(&cpu, args);
         return LLMPAR_OK;
     }
@@ -6143,8 +6162,8 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
         if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
         if (!segment->interleaved) continue;
-        if (args->kind != LLMPAR_GEMM_NT || args->m > 16 || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, at most 16 rows, a type that has such weights, and whole words, got kind %d, m = %lld, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind, (long long)args->m,
+        if (args->kind != LLMPAR_GEMM_NT || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
+            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, a type that has such weights, and whole words, got kind %d, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind,
                                     llmpar_dtype_name(args->dtype), (long long)segment->begin, (long long)segment->k, (long long)segment->ldb);
     }
     return LLMPAR_OK;
@@ -7903,6 +7922,19 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 /* ==== src/cpu/pool.c ==== */
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
+/* ==== src/base/clock_internal.h ==== */
+/* clock_internal: a clock that nobody sets, and waiting by it. Private. */
+
+#include <pthread.h>
+
+LLMPAR__PRIVATE double llmpar__clock_seconds(void);
+LLMPAR__PRIVATE int llmpar__clock_cond_init(pthread_cond_t *cond); /* one for llmpar__clock_cond_wait; 0: the system gives none */
+/* Under the lock: until `cond` is signalled, or for so many seconds, or for nothing. */
+LLMPAR__PRIVATE void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds);
+/* Between two looks at another thread's word. */
+LLMPAR__PRIVATE void llmpar__clock_pause(void);
+
+/* ---- src/cpu/pool.c goes on ---- */
 /* ==== src/base/float_state_internal.h ==== */
 /* float_state: rounding to nearest even, denormals kept, no traps: equal bits need it, whatever the caller has set, and a new thread inherits what its creator has. */
 
@@ -7948,7 +7980,6 @@ LLMPAR__PRIVATE int llmpar__processors_stay(const llmpar__processors *set);
 LLMPAR__PRIVATE int llmpar__processors_stay_on(int32_t processor);
 
 /* ---- src/cpu/pool.c goes on ---- */
-#include <pthread.h>
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
@@ -7974,22 +8005,13 @@ struct llmpar__pool {
     void (*fn)(void *arg, int64_t task, int32_t worker);
     void *arg;
     int64_t tasks;
+    int stop;           /* instead of a run */
     /* atomic */
     int64_t next;       /* first task nobody has taken */
     uint32_t generation;
     int32_t active;     /* workers that have not finished the current run */
     int32_t busy;       /* a run is on: the rank's thread and the stream with the pool may come at the same time */
-    int stop;
 };
-
-static void llmpar__pool_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    __asm__ __volatile__("yield");
-#endif
-}
 
 LLMPAR__PRIVATE_DEF void llmpar__thread_get_name(char name[16])
 {
@@ -8055,17 +8077,14 @@ static void *llmpar__pool_main(void *arg)
     llmpar__thread_place(pool->cpu, self->index);
     for (;;) {
         int spins = 0;
-        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < pool->spins) {
-            llmpar__pool_pause();
-            spins++;
-        }
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins++ < pool->spins) llmpar__clock_pause();
         if (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) {
             pthread_mutex_lock(&pool->mutex);
             while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&pool->start, &pool->mutex);
             pthread_mutex_unlock(&pool->mutex);
         }
         seen++;
-        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return NULL;
+        if (pool->stop) return NULL;
         llmpar__pool_take(pool, self->index);
         if (__atomic_sub_fetch(&pool->active, 1, __ATOMIC_ACQ_REL) == 0) {
             pthread_mutex_lock(&pool->mutex); /* so that the caller is either before its test of `active` or asleep */
@@ -8088,7 +8107,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
 {
     int32_t i;
     if (!pool) return;
-    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
+    pool->stop = 1;
     llmpar__pool_release(pool);
     for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
     pthread_cond_destroy(&pool->done);
@@ -8158,10 +8177,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
     __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
     llmpar__pool_release(pool);
     llmpar__pool_take(pool, 0);
-    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < pool->spins) {
-        llmpar__pool_pause();
-        spins++;
-    }
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins++ < pool->spins) llmpar__clock_pause();
     if (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) {
         pthread_mutex_lock(&pool->mutex);
         while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
@@ -8528,7 +8544,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     }
     llmpar__thread_get_name(base);
     llmpar__thread_make_name(q->name, base, name);
-    q->stop = q->known = 0;
+    q->stop = 0; /* `known` is 0, and others read it */
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, LLMPAR__STREAM_STACK);
     int failed = pthread_create(&q->thread, &attributes, llmpar__stream_main, q);
@@ -8580,15 +8596,6 @@ LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
 #undef LLMPAR__STREAM_NOBODY
 
 /* ==== src/base/clock.c ==== */
-/* ==== src/base/clock_internal.h ==== */
-/* clock_internal: a clock that nobody sets, and waiting by it. Private. */
-
-LLMPAR__PRIVATE double llmpar__clock_seconds(void);
-LLMPAR__PRIVATE int llmpar__clock_cond_init(pthread_cond_t *cond); /* one for llmpar__clock_cond_wait; 0: the system gives none */
-/* Under the lock: until `cond` is signalled, or for so many seconds, or for nothing. */
-LLMPAR__PRIVATE void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds);
-
-/* ---- src/base/clock.c goes on ---- */
 #include <time.h>
 
 LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void)
@@ -8624,6 +8631,15 @@ LLMPAR__PRIVATE_DEF void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_m
     until.tv_sec += (time_t)seconds + nanoseconds / 1000000000;
     until.tv_nsec = nanoseconds % 1000000000;
     pthread_cond_timedwait(cond, lock, &until);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__clock_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ __volatile__("isb"); /* `yield` is a nop on most: all looks would be over before a sleeper could wake */
+#endif
 }
 /* ==== src/tables/comm.c ==== */
 /* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
@@ -9495,15 +9511,6 @@ LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
 
-static void llmpar__threads_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    __asm__ __volatile__("yield");
-#endif
-}
-
 LLMPAR__PRIVATE_DEF llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc) { return llmpar_device_thread_error(tc->comm.device, tc->comm.error); }
 
 /* World. */
@@ -9835,7 +9842,7 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__
     if (!world->desc.lockstep)
         for (int32_t i = 0; i < world->spins + LLMPAR__THREADS_YIELDS; i++) {
             if (llmpar__threads_ready(wait)) return LLMPAR_OK;
-            if (i < world->spins) llmpar__threads_pause();
+            if (i < world->spins) llmpar__clock_pause();
             else sched_yield();
         }
     pthread_mutex_lock(&world->lock);
@@ -9857,7 +9864,8 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__
     return status;
 }
 
-/* Wakes whoever sleeps on the group's words, after one of them was changed. */
+/* Wakes whoever sleeps on the group's words, after one of them was changed. I change the word, then look for sleepers; a sleeper announces itself, then looks at the word: all four are sequentially consistent,
+   or both could see what was before and sleep for ever. No x86 shows it. */
 static void llmpar__threads_wake(llmpar__threads_group *group)
 {
     if (!__atomic_load_n(&group->sleepers, __ATOMIC_SEQ_CST)) return;
@@ -9878,14 +9886,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *
         llmpar__threads_wake(group);
         return LLMPAR_OK;
     }
-    llmpar__threads_wait wait;
-    wait.word = &group->barrier;
-    wait.high = (uint32_t)(old >> 32);
-    wait.number = tc->number;
-    wait.peer = -1;
-    wait.abortable = abortable;
-    wait.group = group;
-    wait.call = call;
+    llmpar__threads_wait wait = {NULL, &group->barrier, (uint32_t)(old >> 32), tc->number, -1, abortable, group, call};
     return llmpar__threads_wait_for(tc, &wait);
 }
 
@@ -9899,14 +9900,7 @@ LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__t
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
 {
-    llmpar__threads_wait wait;
-    wait.word = &channel->phase;
-    wait.high = step;
-    wait.number = 0;
-    wait.peer = peer;
-    wait.abortable = abortable;
-    wait.group = tc->group;
-    wait.call = call;
+    llmpar__threads_wait wait = {NULL, &channel->phase, step, 0, peer, abortable, tc->group, call};
     return llmpar__threads_wait_for(tc, &wait);
 }
 
@@ -10051,7 +10045,7 @@ static llmpar_status llmpar__threads_meet(llmpar__threads_comm *tc, const llmpar
     all[rank].call = *call;
     all[rank].fingerprint = tc->comm.unchecked ? 0 : llmpar_call_fingerprint(&call->what);
     if (bytes) memcpy(all[rank].payload, payload, bytes);
-    __atomic_store_n(&group->arrived[rank], number, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&group->arrived[rank], number, __ATOMIC_RELAXED); /* read behind `finished` only */
     st = llmpar__threads_barrier(tc, &all[rank].call.what, 1);
     if (st) return st;
     for (int32_t i = 1; i < group->ranks; i++)
@@ -12435,19 +12429,20 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     return status;
 }
 
-/* x[1, D] = row `row` of a table with interleaved rows, zero if another rank has it. */
-static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row)
+/* x[at, D] = row `row` of a table with interleaved rows, zero if another rank has it. */
+static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row, int64_t at)
 {
     const llmpar__shape *s = &g->s;
     int64_t together = llmpar_device_interleaved_rows(g->device, g->dtype), words = s->d * (int64_t)s->size / 4;
-    if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, g->x, (size_t)words * 4);
+    char *x = (char *)g->x + (size_t)(at * words) * 4;
+    if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, x, (size_t)words * 4);
     LLMPAR__ZEROED(llmpar_copy_rows_args, args);
     args.rows = words;
     args.width = args.ld_out = 1;
     args.size = 4;
     args.ld_in = row < s->v / together * together ? together : 1; /* the last rows, too few, lie as rows */
     args.in = (const char *)table + (size_t)(args.ld_in > 1 ? row / together * together * words + row % together : row * words) * 4;
-    args.out = g->x;
+    args.out = x;
     return g->device->copy_rows(g->device, g->stream, &args);
 }
 
@@ -12470,7 +12465,9 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
     args.table = status ? NULL : table[0];
     args.out = g->x;
     args.dtype = g->dtype;
-    if (!status) status = g->interleaved > 0 && c->tied ? llmpar__session_embed(g, table[0], ids[0] - g->s.v_begin) : g->device->embedding(g->device, g->stream, &args);
+    int streams = g->interleaved > 0 && c->tied;
+    for (int64_t i = 0; i < count && streams && !status; i++) status = llmpar__session_embed(g, table[0], ids[i] - g->s.v_begin, i);
+    if (!status && !streams) status = g->device->embedding(g->device, g->stream, &args);
     if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
     for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
     return status;
@@ -12596,13 +12593,13 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
     llmpar_status status = llmpar__session_open(model, fsdp, rows, 1, (int64_t)desc->prompt_count + tokens - (tokens > 0), &g);
     int64_t position = 0, last = 0;
+    if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g); /* before the prompt, which few and many rows multiply no slower so */
     while (!status && position < desc->prompt_count) {
         int64_t n = desc->prompt_count - position < rows ? desc->prompt_count - position : rows;
         status = llmpar__session_forward(&g, desc->prompt + position, position, n);
         position += n;
         last = n - 1;
     }
-    if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g);
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
         int32_t id = status ? 0 : llmpar__sample_greedy(g.host, c->vocab);

@@ -225,7 +225,7 @@ typedef struct llmpar__cuda_call {
     struct llmpar__cuda_call *next; /* of the device's list, which only grows */
     llmpar__cuda_stream *stream;
     llmpar_status (*fn)(void *arg);
-    pthread_t thread;          /* that runs fn, while `state` says so */
+    pthread_t thread;          /* that runs fn, while `state` says so. Another one may write it while it is read: what the reader cannot find there is itself */
     int state;                 /* atomic: free, enqueued, running */
     union { unsigned char bytes[256]; long double align; void *pointer; } arg;
 } llmpar__cuda_call;
@@ -3088,11 +3088,11 @@ template <int E> static __device__ __forceinline__ uint16_t *llmpar__cuda_tile_a
 template <int E> static __device__ __forceinline__ const uint16_t *llmpar__cuda_tile_mine(const uint16_t *matrix, int64_t ld) { return matrix + (int)threadIdx.x / (E / 8) * ld + (int)threadIdx.x % (E / 8) * 8; }
 
 /* Rows [first, first + Rows) of a matrix of `ld` elements a row into a tile; those from limit on become zero and are not read. In the background where rows are aligned; commit and wait are the caller's. */
-template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_tile_load(uint16_t *tile, const uint16_t *mine, int64_t ld, int first, int limit, int wide)
+template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_tile_load(uint16_t *tile, const uint16_t *mine, int64_t ld, int first, int limit, int wide, int thread = (int)threadIdx.x)
 {
     enum { STEP = LLMPAR__CUDA_ATTENTION_THREADS * 8 / E };
-    int row = (int)threadIdx.x / (E / 8);
-    uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, (int)threadIdx.x % (E / 8));
+    int row = thread / (E / 8);
+    uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, thread % (E / 8));
     const uint16_t *at = mine + first * ld;
     if (wide) {
 #pragma unroll
@@ -3106,9 +3106,9 @@ template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_t
 
 /* Where a lane's 16 bytes of a fragment begin in rows 0 .. 15 and columns 0 .. 15 of a tile; columns further on by 16 k differ in the bits of 16 k alone. `across`: lanes 8 .. 15 name the other half of the columns,
    else the other half of the rows. */
-template <int E> static __device__ __forceinline__ int llmpar__cuda_tile_lane(int across)
+template <int E> static __device__ __forceinline__ int llmpar__cuda_tile_lane(int across, int thread = (int)threadIdx.x)
 {
-    int lane = (int)threadIdx.x & 31, row = across ? (lane >> 4) * 8 + (lane & 7) : lane & 15, part = across ? lane >> 3 & 1 : lane >> 4;
+    int lane = thread & 31, row = across ? (lane >> 4) * 8 + (lane & 7) : lane & 15, part = across ? lane >> 3 & 1 : lane >> 4;
     return row * E + (part ^ (row & 7)) * 8;
 }
 /* a: rows row .. row+15, columns 16k .. 16k+15; lane: not across. */
@@ -3640,11 +3640,12 @@ template <typename Type, int Lanes> static __global__ void llmpar__cuda_attentio
 template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_down_load(const llmpar__cuda_attention_call &a, uint16_t *tile, float *row, const uint16_t *q, const uint16_t *dout, const float *row_of, int first, int end)
 {
     enum { STEP = LLMPAR__CUDA_ATTENTION_STEP };
-    llmpar__cuda_tile_load<E, STEP>(tile, q, a.ldq, first, end, a.wide);
-    llmpar__cuda_tile_load<E, STEP>(tile + STEP * E, dout, a.ldo, first, end, a.wide);
-    if (threadIdx.x < 2 * STEP) {
-        int i = (int)threadIdx.x % STEP, there = first + i < end;
-        llmpar__cu_copy_async_4(row + threadIdx.x, row_of + (there ? first + i : 0), there ? 4 : 0);
+    const int thread = llmpar__cu_again((int)threadIdx.x);
+    llmpar__cuda_tile_load<E, STEP>(tile, q, a.ldq, first, end, a.wide, llmpar__cu_again((int)threadIdx.x));
+    llmpar__cuda_tile_load<E, STEP>(tile + STEP * E, dout, a.ldo, first, end, a.wide, llmpar__cu_again((int)threadIdx.x));
+    if (thread < 2 * STEP) {
+        int i = thread % STEP, there = first + i < end;
+        llmpar__cu_copy_async_4(row + thread, row_of + (there ? first + i : 0), there ? 4 : 0);
     }
     llmpar__cu_copy_async_commit();
 }
@@ -3672,134 +3673,143 @@ template <typename Type, int E> static __device__ __forceinline__ void llmpar__c
     }
 }
 
+/* Two warps own the same keys: one multiplies k with queries, makes the weights and sums dv, the other v with dout and sums dk; P goes from the first to the second in f32, PART queries at a time. So a warp has twice the keys for
+   what it reads of queries and dout, and room for its rows of k or v but the first 16 columns. Registers are short: what follows from the thread's number is computed again. */
 template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR__CUDA_ATTENTION_THREADS, 2) llmpar__cuda_attention_dkv(llmpar__cuda_attention_call a)
 {
-    enum { ROWS = LLMPAR__CUDA_ATTENTION_DKV_ROWS(E), OWN = ROWS / 4, M = OWN / 16, STEP = LLMPAR__CUDA_ATTENTION_STEP };
-    LLMPAR__CUDA_SHARED(uint16_t, keys);
-    uint16_t *values = keys + ROWS * E, *tiles = values + ROWS * E;
-    float *statistics = (float *)(void *)(tiles + 4 * STEP * E); /* [2][lse, delta][STEP] */
+    enum { ROWS = LLMPAR__CUDA_ATTENTION_DKV_ROWS(E), OWN = ROWS / 2, M = OWN / 16, STEP = LLMPAR__CUDA_ATTENTION_STEP, PART = 1024 / OWN, N = PART / 8 };
+    LLMPAR__CUDA_SHARED(uint16_t, keys); /* then values */
+    uint16_t *tiles = keys + 2 * ROWS * E;
+    llmpar__cuda_16 *weights = (llmpar__cuda_16 *)(void *)(tiles + 4 * STEP * E); /* [pair of warps][part][M * N][lane] */
+    float *statistics = (float *)(void *)(weights + ROWS * STEP / 4); /* [2][lse, delta][STEP] */
     const llmpar__cuda_attention_place p0 = llmpar__cuda_attention_own(a, a.tk, ROWS, 0);
-    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1), position = p0.first + warp * OWN, limit = min(p0.first + ROWS, a.tk);
     const uint16_t **mine = (const uint16_t **)(void *)(statistics + 4 * STEP) + threadIdx.x; /* of queries, then of dout: sums take all registers */
     const float **row_of = (const float **)(void *)(mine + 2 * LLMPAR__CUDA_ATTENTION_THREADS); /* of lse or of delta: what this thread brings */
     int stage = 0;
-    float dk[M][E / 8][4], dv[M][E / 8][4];
+    uint32_t own[M][E / 16][4]; /* the warp's keys or values, from the second 16 columns on */
+    float sum[M][E / 8][4];
     mine[0] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, a.ldq);
     row_of[0] = (threadIdx.x < STEP ? a.lse : a.delta) + (p0.b * a.heads + p0.h) * a.tq;
     mine[LLMPAR__CUDA_ATTENTION_THREADS] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E, a.ldo);
     llmpar__cuda_tile_load<E, ROWS>(keys, llmpar__cuda_tile_mine<E>((const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, a.ldk), a.ldk, p0.first, a.tk, a.wide);
-    llmpar__cuda_tile_load<E, ROWS>(values, llmpar__cuda_tile_mine<E>((const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E, a.ldv), a.ldv, p0.first, a.tk, a.wide);
+    llmpar__cuda_tile_load<E, ROWS>(keys + ROWS * E, llmpar__cuda_tile_mine<E>((const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E, a.ldv), a.ldv, p0.first, a.tk, a.wide);
+    llmpar__cu_copy_async_commit();
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int n = 0; n < E / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) dk[m][n][i] = dv[m][n][i] = 0;
+        for (int n = 0; n < E / 8; n++) sum[m][n][0] = sum[m][n][1] = sum[m][n][2] = sum[m][n][3] = 0;
 #pragma unroll 1
-    for (int low = p0.first, high; low < limit; low = high) {
-        const int64_t at = llmpar__cuda_attention_own(a, a.tk, ROWS, 0).b * a.tk;
+    for (int low = p0.first, high; low < min(llmpar__cu_again(p0.first) + ROWS, a.tk); low = high) {
+        const int64_t at = llmpar__cuda_attention_own(a, llmpar__cu_again(a.tk), ROWS, 0).b * llmpar__cu_again(a.tk);
         const int32_t *start = a.doc_start ? a.doc_start + at : NULL;
         const int begin = llmpar__cuda_document(start, low), end = start ? max(min(a.doc_end[at + begin], a.tk), low + 1) : a.tk, top = begin + (low - begin) / STEP * STEP;
-        high = llmpar__cuda_document_run(start, low, limit);
+        high = llmpar__cuda_document_run(start, low, min(llmpar__cu_again(p0.first) + ROWS, a.tk));
         llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, mine[0], mine[LLMPAR__CUDA_ATTENTION_THREADS], row_of[0], top, end);
+        llmpar__cu_copy_async_wait<1>();
+        __syncthreads();
+        const int here = llmpar__cu_again((int)threadIdx.x), lane = llmpar__cuda_tile_lane<E>(0, here);
+#pragma unroll
+        for (int x = M; x < M * E / 16; x++) llmpar__cuda_tile_a<E>(own[x % M][x / M], keys + (here >> 5 & 1) * ROWS * E, lane, here / 64 * OWN + 16 * (x % M), x / M);
 #pragma unroll 1
         for (int first = top; first < end; first += STEP) {
-            uint16_t *queries = tiles + stage * 2 * STEP * E, *douts = queries + STEP * E;
-            const float *row = statistics + stage * 2 * STEP;
+            const int position = llmpar__cu_again(p0.first) + llmpar__cu_again((int)threadIdx.x) / 64 * OWN; /* of the warp's first key */
             int active = low < position + OWN && high > position && first + STEP > position;
             int partly = low > position || high < position + OWN || first < position + OWN - 1 || first + STEP > end;
             llmpar__cu_copy_async_wait<0>();
             __syncthreads();
             stage ^= 1;
             if (first + STEP < end) llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, mine[0], mine[LLMPAR__CUDA_ATTENTION_THREADS], row_of[0], first + STEP, end);
-            if (!active) continue;
-            float p[M][STEP / 8][4], ds[M][STEP / 8][4];
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
 #pragma unroll 1
-            for (int x = 0; x < E / 16; x++) {
-                uint32_t left[M][4], right[4];
-#pragma unroll
-                for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], keys, down, warp * OWN + 16 * m, x);
-#pragma unroll
-                for (int n = 0; n < STEP / 16; n++) {
-                    llmpar__cuda_tile_b<E>(right, queries, across, 16 * n, x);
-#pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
-                        llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
-                    }
-                }
-#pragma unroll
-                for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], values, down, warp * OWN + 16 * m, x);
-#pragma unroll
-                for (int n = 0; n < STEP / 16; n++) {
-                    llmpar__cuda_tile_b<E>(right, douts, across, 16 * n, x);
-#pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        llmpar__cuda_attention_mma(Type(), ds[m][2 * n], left[m], right);
-                        llmpar__cuda_attention_mma(Type(), ds[m][2 * n + 1], left[m], right + 2);
-                    }
-                }
-            }
-            if (partly) {
-                int key = position + (lane >> 2), query = first + 2 * (lane & 3);
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            const int down_by = 16 * m + 8 * (i >> 1), right_by = 8 * n + (i & 1);
-                            if (key + down_by < low || key + down_by >= high || down_by - right_by > query - key || query + right_by >= end) p[m][n][i] = llmpar__cuda_minus_infinity();
-                        }
-            }
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    int column = 8 * n + 2 * (lane & 3) + j;
-                    float shift = __fmul_rn(row[column], -LLMPAR__CUDA_ATTENTION_LOG2E), mean = row[STEP + column];
+            for (int part = 0; part < STEP; part += PART) {
+                const int thread = llmpar__cu_again((int)threadIdx.x), lane = thread & 31, side = thread >> 5 & 1 /* 0: dv, 1: dk */, tile = 2 * (llmpar__cu_again(stage) ^ 1) + side;
+                const uint16_t *near = tiles + (tile * STEP + part) * E; /* queries, or dout */
+                const llmpar__cuda_pair_of_floats *row = (const llmpar__cuda_pair_of_floats *)(const void *)(statistics + tile * STEP + part) + (lane & 3);
+                llmpar__cuda_16 *hand = weights + (thread / 64 * (STEP / PART) + part / PART) * (M * N * 32) + lane;
+                float s[M][N][4]; /* scores, then P; or dout v^T, then dS */
+                if (active) {
+                    const int across = llmpar__cuda_tile_lane<E>(1, llmpar__cu_again((int)threadIdx.x)), down = llmpar__cuda_tile_lane<E>(0, llmpar__cu_again((int)threadIdx.x));
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
-                        for (int r = 0; r < 2; r++) {
-                            float weight = llmpar__cu_exp2(__fmaf_rn(p[m][n][2 * r + j], a.scale_log2, shift));
-                            p[m][n][2 * r + j] = weight;
-                            ds[m][n][2 * r + j] = __fmul_rn(weight, __fsub_rn(ds[m][n][2 * r + j], mean));
+                        for (int n = 0; n < N; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+#pragma unroll
+                    for (int x = 0; x < E / 16; x++) {
+                        uint32_t left[4], right[N / 2][4];
+#pragma unroll
+                        for (int n = 0; n < N / 2; n++) llmpar__cuda_tile_b<E>(right[n], near, across, 16 * n, x);
+#pragma unroll
+                        for (int m = 0; m < M; m++) {
+                            if (!x) llmpar__cuda_tile_a<E>(left, keys + side * ROWS * E, down, thread / 64 * OWN + 16 * m, 0);
+#pragma unroll
+                            for (int n = 0; n < N; n++) llmpar__cuda_attention_mma(Type(), s[m][n], x ? own[m][x] : left, right[n / 2] + n % 2 * 2);
                         }
-                }
+                    }
+                    if (side) {
 #pragma unroll
-            for (int j = 0; j < STEP / 16; j++) {
-                uint32_t left[M][4], right[4];
+                        for (int n = 0; n < N; n++) {
+                            const llmpar__cuda_pair_of_floats mean = row[4 * n];
 #pragma unroll
-                for (int m = 0; m < M; m++)
+                            for (int m = 0; m < M; m++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), p[m][2 * j + (i >> 1)][2 * (i & 1)], p[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+                                for (int i = 0; i < 4; i++) s[m][n][i] = __fsub_rn(s[m][n][i], mean.x[i & 1]);
+                        }
+                    } else {
+                        if (partly) {
+                            int query = first + part + 2 * (lane & 3), key = llmpar__cu_again(p0.first) + thread / 64 * OWN + (lane >> 2);
 #pragma unroll
-                for (int n = 0; n < E / 16; n++) {
-                    llmpar__cuda_tile_b_rows<E>(right, douts, down, 16 * j, n);
+                            for (int x = 0; x < 2 * M; x++) {
+                                int from = key + 8 * x < low || key + 8 * x >= high ? end : key + 8 * x; /* the first query that sees it */
 #pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        llmpar__cuda_attention_mma(Type(), dv[m][2 * n], left[m], right);
-                        llmpar__cuda_attention_mma(Type(), dv[m][2 * n + 1], left[m], right + 2);
+                                for (int n = 0; n < N; n++)
+#pragma unroll
+                                    for (int j = 0; j < 2; j++)
+                                        if (8 * n + j < from - query || 8 * n + j >= end - query) s[x / 2][n][x % 2 * 2 + j] = llmpar__cuda_minus_infinity();
+                            }
+                        }
+#pragma unroll
+                        for (int n = 0; n < N; n++) {
+                            const llmpar__cuda_pair_of_floats lse = row[4 * n];
+                            const float shift[2] = { __fmul_rn(lse.x[0], -LLMPAR__CUDA_ATTENTION_LOG2E), __fmul_rn(lse.x[1], -LLMPAR__CUDA_ATTENTION_LOG2E) };
+#pragma unroll
+                            for (int m = 0; m < M; m++) {
+                                llmpar__cuda_16 p;
+#pragma unroll
+                                for (int i = 0; i < 4; i++) {
+                                    s[m][n][i] = llmpar__cu_exp2(__fmaf_rn(s[m][n][i], a.scale_log2, shift[i & 1]));
+                                    p.word[i] = __float_as_uint(s[m][n][i]);
+                                }
+                                hand[(m * N + n) * 32] = p;
+                            }
+                        }
                     }
                 }
+                __syncthreads();
+                if (!active) continue;
+                const int again = llmpar__cu_again((int)threadIdx.x), down = llmpar__cuda_tile_lane<E>(0, again);
+                const uint16_t *far = tiles + ((2 * (llmpar__cu_again(stage) ^ 1) + (~again >> 5 & 1)) * STEP + part) * E; /* dout, or queries */
 #pragma unroll
-                for (int m = 0; m < M; m++)
+                for (int j = 0; j < N / 2; j++) {
+                    uint32_t left[M][4], right[4];
+                    if (side) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), ds[m][2 * j + (i >> 1)][2 * (i & 1)], ds[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+                        for (int x = 0; x < 2 * M; x++) {
+                            const llmpar__cuda_16 p = hand[(x / 2 * N + 2 * j + x % 2) * 32];
 #pragma unroll
-                for (int n = 0; n < E / 16; n++) {
-                    llmpar__cuda_tile_b_rows<E>(right, queries, down, 16 * j, n);
+                            for (int i = 0; i < 4; i++) s[x / 2][2 * j + x % 2][i] = __fmul_rn(__uint_as_float(p.word[i]), s[x / 2][2 * j + x % 2][i]);
+                        }
+                    }
 #pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        llmpar__cuda_attention_mma(Type(), dk[m][2 * n], left[m], right);
-                        llmpar__cuda_attention_mma(Type(), dk[m][2 * n + 1], left[m], right + 2);
+                    for (int m = 0; m < M; m++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), s[m][2 * j + (i >> 1)][2 * (i & 1)], s[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+#pragma unroll
+                    for (int n = 0; n < E / 16; n++) {
+                        llmpar__cuda_tile_b_rows<E>(right, far, down, 16 * j, n);
+#pragma unroll
+                        for (int m = 0; m < M; m++) {
+                            llmpar__cuda_attention_mma(Type(), sum[m][2 * n], left[m], right);
+                            llmpar__cuda_attention_mma(Type(), sum[m][2 * n + 1], left[m], right + 2);
+                        }
                     }
                 }
             }
@@ -3808,9 +3818,9 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     const llmpar__cuda_attention_place o = llmpar__cuda_attention_own(a, a.tk, ROWS, 0);
 #pragma unroll
     for (int m = 0; m < M; m++) {
-        int key = position + 16 * m + (lane >> 2);
-        llmpar__cuda_attention_dkv_store<Type, E>(a, dk[m], a.scale, a.dk_heads, a.dk, a.ld_dk, o.b * a.tk + key, a.tk - key, o.h, o.kv);
-        llmpar__cuda_attention_dkv_store<Type, E>(a, dv[m], 1.0f, a.dv_heads, a.dv, a.ld_dv, o.b * a.tk + key, a.tk - key, o.h, o.kv);
+        int key = o.first + (int)threadIdx.x / 64 * OWN + 16 * m + ((int)threadIdx.x >> 2 & 7);
+        if (threadIdx.x & 32) llmpar__cuda_attention_dkv_store<Type, E>(a, sum[m], a.scale, a.dk_heads, a.dk, a.ld_dk, o.b * a.tk + key, a.tk - key, o.h, o.kv);
+        else llmpar__cuda_attention_dkv_store<Type, E>(a, sum[m], 1.0f, a.dv_heads, a.dv, a.ld_dv, o.b * a.tk + key, a.tk - key, o.h, o.kv);
     }
 }
 
@@ -4064,7 +4074,7 @@ template <typename Type, int E> static void llmpar__cuda_attention_backward_laun
     int64_t tasks = a->batch * a->heads;
     size_t pointers = 3 * LLMPAR__CUDA_ATTENTION_THREADS * sizeof(void *);
     dim3 block(LLMPAR__CUDA_ATTENTION_THREADS);
-    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dkv<Type, E>, dim3((unsigned)(tasks * ((a->tk + DKV - 1) / DKV))), block, (size_t)(2 * DKV + 4 * STEP) * E * 2 + 4 * STEP * sizeof(float) + pointers, *a);
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dkv<Type, E>, dim3((unsigned)(tasks * ((a->tk + DKV - 1) / DKV))), block, (size_t)(2 * DKV + 4 * STEP) * E * 2 + (DKV + 4) * STEP * sizeof(float) + pointers, *a);
     llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dq<Type, E>, dim3((unsigned)(tasks * ((a->tq + DQ - 1) / DQ))), block, (size_t)(2 * DQ + 4 * STEP) * E * 2 + pointers, *a);
 }
 
@@ -5795,7 +5805,7 @@ static void llmpar__cuda_shared_close(llmpar__cuda_shared *shared)
     pthread_mutex_lock(&group->lock);
     group->closed = 1;
     pthread_mutex_unlock(&group->lock);
-    for (int32_t i = 0; i < group->ranks; i++)
+    for (int32_t i = 0; i < group->ranks; i++) /* a rank that is only now filling its place has issued nothing; an event was made before all met */
         if (group->place[i].done) cudaEventSynchronize(group->place[i].done);
     for (int32_t i = 0; i < group->ranks * group->ranks; i++)
         if (group->taken[i]) cudaEventSynchronize(group->taken[i]);

@@ -391,19 +391,20 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     return status;
 }
 
-/* x[1, D] = row `row` of a table with interleaved rows, zero if another rank has it. */
-static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row)
+/* x[at, D] = row `row` of a table with interleaved rows, zero if another rank has it. */
+static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row, int64_t at)
 {
     const llmpar__shape *s = &g->s;
     int64_t together = llmpar_device_interleaved_rows(g->device, g->dtype), words = s->d * (int64_t)s->size / 4;
-    if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, g->x, (size_t)words * 4);
+    char *x = (char *)g->x + (size_t)(at * words) * 4;
+    if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, x, (size_t)words * 4);
     LLMPAR__ZEROED(llmpar_copy_rows_args, args);
     args.rows = words;
     args.width = args.ld_out = 1;
     args.size = 4;
     args.ld_in = row < s->v / together * together ? together : 1; /* the last rows, too few, lie as rows */
     args.in = (const char *)table + (size_t)(args.ld_in > 1 ? row / together * together * words + row % together : row * words) * 4;
-    args.out = g->x;
+    args.out = x;
     return g->device->copy_rows(g->device, g->stream, &args);
 }
 
@@ -426,7 +427,9 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
     args.table = status ? NULL : table[0];
     args.out = g->x;
     args.dtype = g->dtype;
-    if (!status) status = g->interleaved > 0 && c->tied ? llmpar__session_embed(g, table[0], ids[0] - g->s.v_begin) : g->device->embedding(g->device, g->stream, &args);
+    int streams = g->interleaved > 0 && c->tied;
+    for (int64_t i = 0; i < count && streams && !status; i++) status = llmpar__session_embed(g, table[0], ids[i] - g->s.v_begin, i);
+    if (!status && !streams) status = g->device->embedding(g->device, g->stream, &args);
     if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
     for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
     return status;
@@ -552,13 +555,13 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
     llmpar_status status = llmpar__session_open(model, fsdp, rows, 1, (int64_t)desc->prompt_count + tokens - (tokens > 0), &g);
     int64_t position = 0, last = 0;
+    if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g); /* before the prompt, which few and many rows multiply no slower so */
     while (!status && position < desc->prompt_count) {
         int64_t n = desc->prompt_count - position < rows ? desc->prompt_count - position : rows;
         status = llmpar__session_forward(&g, desc->prompt + position, position, n);
         position += n;
         last = n - 1;
     }
-    if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g);
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
         int32_t id = status ? 0 : llmpar__sample_greedy(g.host, c->vocab);
