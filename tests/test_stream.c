@@ -581,7 +581,7 @@ TEST(random_graphs_have_the_same_bytes)
 {
     rig plain, threaded;
     static float want[BUFFERS][ELEMENTS], got[BUFFERS][ELEMENTS];
-    static char workspace[STREAMS + 1][1 << 16];
+    static char workspace[STREAMS + 1][1 << 20];
     llmpar_event *event[OPS];
     graph_op op[OPS];
     int waits = 0, across = 0;
