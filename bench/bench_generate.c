@@ -247,26 +247,32 @@ static llmpar_status reply_token(void *user, int32_t id)
     return LLMPAR_OK;
 }
 
-/* bench/peers/generate.py: each line "step" on stdin is one reply. The answer: seconds to its first token, of a token behind it (median), of all, with what the caller waits for behind the last token. Nothing is sampled meanwhile. */
-static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_generate_desc *desc, int32_t *ids)
+/* bench/peers/generate.py: each line "step" on stdin is one reply. The answer: seconds to its first token, of a token behind it (median), of all, with what the caller waits for behind the last token. The weights are
+   loaded and laid out once, as a peer's are; each prompt begins with another id, so that nothing of the one before is known. Nothing is sampled meanwhile. */
+static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_generate_desc *desc, int32_t *prompt, int32_t *ids)
 {
     char line[100];
     const char *ready = "ready ";
     reply r;
+    llmpar_generator *generator;
+    llmpar_status status = llmpar_generator_create(model, fsdp, desc->prompt_count + desc->tokens, &generator);
     desc->on_token = reply_token;
     desc->user = &r;
-    do {
+    while (!status) {
         double start = bench_now(), seconds[MOST_TOKENS];
         int32_t made = 0;
         r.tokens = 0;
-        llmpar_status status = llmpar_llama_generate(model, fsdp, desc, ids, &made);
-        if (status) return status;
+        prompt[0] = (prompt[0] + 1) % llmpar_llama_get_config(model)->vocab;
+        status = llmpar_generator_run(generator, desc, ids, &made);
+        if (status) break;
         for (int i = 0; i + 1 < r.tokens; i++) seconds[i] = r.at[i + 1] - r.at[i];
         printf("%s%.6f %.6f %.6f\n", ready, r.at[0] - start, bench_median(seconds, r.tokens - 1), bench_now() - start);
         fflush(stdout);
         ready = "";
-    } while (fgets(line, sizeof line, stdin) && !strncmp(line, "step", 4));
-    return LLMPAR_OK;
+        if (!fgets(line, sizeof line, stdin) || strncmp(line, "step", 4)) break;
+    }
+    llmpar_status end = llmpar_generator_destroy(generator);
+    return status ? status : end;
 }
 
 static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
@@ -307,7 +313,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     desc.prompt_count = g->prompt;
     desc.tokens = g->tokens;
     if (g->serve) {
-        if (!status) status = serve(model, fsdp, &desc, ids);
+        if (!status) status = serve(model, fsdp, &desc, prompt, ids);
         goto out;
     }
 #define SLOT(name) ctx->device->name = generate_##name;

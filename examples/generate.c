@@ -2,7 +2,7 @@
 
    cc -O3 -I. examples/generate.c -o build/generate -lpthread -lm       (or: make build/generate)
    build/generate --model DIR --tp 2 --prompt-ids 1 --tokens 200 --ids
-   build/generate --model out --prompt "ROMEO:" --temperature 0.8 --top-p 0.95 --seed 1   (models over bytes, vocabulary 256) */
+   build/generate --model out --prompt "ROMEO:" --prompt "JULIET:" --temperature 0.8 --top-p 0.95 --seed 1   (models over bytes, vocabulary 256) */
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 
@@ -15,23 +15,30 @@
 #include "common/device.h"
 #include "common/options.h"
 
+enum { MOST_PROMPTS = 1000 };
+
+typedef struct prompt { const char *given; int32_t *ids, count; } prompt;
+
 typedef struct settings {
-    const char *model, *prompt, *prompt_ids;
-    int32_t *ids, prompt_count;
+    const char *model;
+    prompt *prompts;   /* [prompt_count], each the beginning of a text */
+    int prompt_count;
+    int32_t longest;   /* ids of a prompt */
     long tp, tokens, threads;
     unsigned long seed;
     double temperature, top_p;
-    int print_ids, bytes, pin;
+    int print_ids, bytes /* prompts are text */, pin;
     llmpar_dtype dtype;
     device_settings device;
 } settings;
 
 static void usage(void)
 {
-    puts("usage: generate --model DIR (--prompt TEXT | --prompt-ids 1,2,3) [options]\n"
+    puts("usage: generate --model DIR (--prompt TEXT | --prompt-ids 1,2,3)... [options]\n"
          "  --model DIR         Hugging Face directory (config.json, model.safetensors)\n"
          "  --prompt TEXT       prompt; its bytes are the tokens, for models with vocabulary 256\n"
          "  --prompt-ids LIST   prompt as token ids, comma-separated\n"
+         "                      either may be given many times: each is a text of its own; what one begins with as the one before did is not computed again\n"
          "  --tokens N          tokens to generate at most (default 128)\n"
          "  --temperature X     0 = greedy (default 0)\n"
          "  --top-p X           nucleus sampling, 0 < X <= 1 (default 1: off)\n"
@@ -63,6 +70,7 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     llmpar_mesh_desc mesh_desc;
     llmpar_llama_desc model_desc;
     llmpar_trainer_desc trainer_desc;
+    llmpar_generator *generator = NULL;
     llmpar_generate_desc desc;
     int32_t *ids = NULL, count = 0;
     memset(&mesh_desc, 0, sizeof mesh_desc);
@@ -73,30 +81,36 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     mesh_desc.tp = (int32_t)s->tp;
     model_desc.config = &config;
     trainer_desc.dtype = s->dtype;
-    trainer_desc.seq_len = s->prompt_count + s->tokens;
+    trainer_desc.seq_len = s->longest + s->tokens;
     llmpar_status status = llmpar_hf_config(ctx, s->model, &config);
     if (!status && s->bytes && config.vocab != 256) status = llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "--prompt needs a model over bytes (vocabulary 256), %s has %d: use --prompt-ids", s->model, (int)config.vocab);
     if (!status && trainer_desc.seq_len > config.max_positions)
-        status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "prompt of %d ids + %ld tokens is more than the model's max_position_embeddings = %d", (int)s->prompt_count, s->tokens, (int)config.max_positions);
+        status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "prompt of %d ids + %ld tokens is more than the model's max_position_embeddings = %d", (int)s->longest, s->tokens, (int)config.max_positions);
     if (!status) status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
     if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
     if (!status) status = llmpar_parallelize(mesh, model, &trainer_desc, &trainer);
     if (!status) status = llmpar_load_hf(trainer, s->model);
     if (!status && !(ids = (int32_t *)malloc((size_t)s->tokens * sizeof *ids))) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory");
-    desc.prompt = s->ids;
-    desc.prompt_count = s->prompt_count;
+    if (!status) status = llmpar_generator_create(model, llmpar_trainer_fsdp(trainer), 0, &generator);
     desc.tokens = (int32_t)s->tokens;
     desc.temperature = s->temperature;
     desc.top_p = s->top_p;
     desc.seed = s->seed;
     desc.stop_at_eos = !s->print_ids; /* with --ids exactly --tokens ids are wanted */
-    int as_ids = s->print_ids || (s->prompt_ids && config.vocab != 256); /* whose prompt is text has a model of bytes, however many ids it knows */
+    int as_ids = s->print_ids || (!s->bytes && config.vocab != 256); /* whose prompt is text has a model of bytes, however many ids it knows */
     if (ctx->rank == 0 && !as_ids) desc.on_token = on_token;
-    if (!status && ctx->rank == 0 && s->prompt && !as_ids) printf("%s", s->prompt);
-    if (!status) status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, ids, &count);
-    if (!status && ctx->rank == 0 && as_ids)
-        for (int32_t i = 0; i < s->prompt_count + count; i++) printf("%s%d", i ? " " : "", (int)(i < s->prompt_count ? s->ids[i] : ids[i - s->prompt_count]));
-    if (!status && ctx->rank == 0) printf("\n");
+    for (int p = 0; p < s->prompt_count && !status; p++) {
+        const prompt *prompt = &s->prompts[p];
+        desc.prompt = prompt->ids;
+        desc.prompt_count = prompt->count;
+        if (ctx->rank == 0 && s->bytes && !as_ids) printf("%s", prompt->given);
+        status = llmpar_generator_run(generator, &desc, ids, &count);
+        if (!status && ctx->rank == 0 && as_ids)
+            for (int32_t i = 0; i < prompt->count + count; i++) printf("%s%d", i ? " " : "", (int)(i < prompt->count ? prompt->ids[i] : ids[i - prompt->count]));
+        if (!status && ctx->rank == 0) printf("\n");
+    }
+    llmpar_status end = llmpar_generator_destroy(generator);
+    if (!status) status = end;
     free(ids);
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(model);
@@ -104,26 +118,34 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     return status;
 }
 
-/* The prompt as ids: bytes of the text, or the numbers of the list. */
-static int read_prompt(settings *s)
+/* A prompt as ids: bytes of the text, or the numbers of the list. */
+static int add_prompt(settings *s, const char *given, int bytes)
 {
-    size_t room = strlen(s->prompt ? s->prompt : s->prompt_ids) + 1;
-    s->ids = (int32_t *)malloc(room * sizeof *s->ids);
-    if (!s->ids) return option_error("out of memory");
-    if (s->prompt) {
-        for (const char *c = s->prompt; *c; c++) s->ids[s->prompt_count++] = (unsigned char)*c;
-        s->bytes = 1;
-    } else {
-        for (const char *c = s->prompt_ids;; c++) {
-            char *end;
-            long id = isdigit((unsigned char)*c) ? strtol(c, &end, 10) : -1;
-            if (id < 0 || id > INT32_MAX || (*end && *end != ',')) return option_error("--prompt-ids \"%s\": expected numbers 0 or more, separated by commas", s->prompt_ids);
-            s->ids[s->prompt_count++] = (int32_t)id;
-            c = end;
-            if (!*c) break;
-        }
+    if (s->prompt_count && bytes != s->bytes) return option_error("expected exactly one of --prompt and --prompt-ids, see --help");
+    if (s->prompt_count == MOST_PROMPTS) return option_error("more than %d prompts", MOST_PROMPTS);
+    if (!s->prompts && !(s->prompts = (prompt *)calloc(MOST_PROMPTS, sizeof *s->prompts))) return option_error("out of memory");
+    prompt *p = &s->prompts[s->prompt_count++];
+    p->given = given;
+    p->ids = (int32_t *)malloc((strlen(given) + 1) * sizeof *p->ids);
+    if (!p->ids) return option_error("out of memory");
+    s->bytes = bytes;
+    for (const char *c = given; bytes && *c; c++) p->ids[p->count++] = (unsigned char)*c;
+    for (const char *c = given; !bytes;) {
+        char *end;
+        long id = isdigit((unsigned char)*c) ? strtol(c, &end, 10) : -1;
+        if (id < 0 || id > INT32_MAX || (*end && *end != ',')) return option_error("--prompt-ids \"%s\": expected numbers 0 or more, separated by commas", given);
+        p->ids[p->count++] = (int32_t)id;
+        if (!*end) break;
+        c = end + 1;
     }
-    return s->prompt_count ? 0 : option_error("the prompt is empty, expected at least one token");
+    if (p->count > s->longest) s->longest = p->count;
+    return p->count ? 0 : option_error("the prompt is empty, expected at least one token");
+}
+
+static void free_prompts(settings *s)
+{
+    for (int p = 0; p < s->prompt_count; p++) free(s->prompts[p].ids);
+    free(s->prompts);
 }
 
 int main(int argc, char **argv)
@@ -141,8 +163,8 @@ int main(int argc, char **argv)
     for (int c; !bad && (c = getopt_long(argc, argv, "", options, &index)) != -1;) {
         switch (c) {
         case 'm': s.model = optarg; break;
-        case 'p': s.prompt = optarg; break;
-        case 'i': s.prompt_ids = optarg; break;
+        case 'p': bad = add_prompt(&s, optarg, 1); break;
+        case 'i': bad = add_prompt(&s, optarg, 0); break;
         case 'n': bad = option_long("--tokens", optarg, 1, 1 << 24, &s.tokens); break;
         case 't': bad = option_double("--temperature", optarg, 0, 1000, &s.temperature); break;
         case 'q': bad = option_double("--top-p", optarg, 1e-9, 1, &s.top_p); break;
@@ -153,18 +175,17 @@ int main(int argc, char **argv)
         case 'I': s.print_ids = 1; break;
         case 'D': bad = option_word("--dtype", optarg, dtypes, 4, &word); s.dtype = dtype[word]; break;
         case DEVICE_OPTION: bad = device_option(options[index].name, optarg, &s.device); break;
-        case 'h': usage(); return 0;
+        case 'h': usage(); free_prompts(&s); return 0;
         default: bad = 2; /* getopt_long has said what */
         }
     }
     if (!bad && optind < argc) bad = option_error("unexpected argument \"%s\", see --help", argv[optind]);
     if (!bad && !s.model) bad = option_error("--model is missing, see --help");
-    if (!bad && !s.prompt == !s.prompt_ids) bad = option_error("expected exactly one of --prompt and --prompt-ids, see --help");
+    if (!bad && !s.prompt_count) bad = option_error("expected exactly one of --prompt and --prompt-ids, see --help");
     if (!bad) bad = device_options_check(&s.device, "generate");
     if (!bad) bad = option_processes("generate");
-    if (!bad) bad = read_prompt(&s);
     if (bad) {
-        free(s.ids);
+        free_prompts(&s);
         return 2;
     }
     llmpar_launch_desc launch;
@@ -176,6 +197,6 @@ int main(int argc, char **argv)
     launch.log = quiet_log;
     device_launch(&s.device, &launch);
     llmpar_status status = llmpar_launch(&launch, generate, &s, &error);
-    free(s.ids);
+    free_prompts(&s);
     return status ? print_error("generate", &error) : output_end("generate");
 }

@@ -67,7 +67,7 @@ static llmpar_status watched_token(void *user, int32_t id)
             micro.ids = micro.targets = ids_of_step;
             run.micro = &micro;
             CHECK_STATUS(llmpar_fsdp_run(s->fsdp, schedule->list, schedule->count, &run), LLMPAR_ERR_ARGUMENT);
-            CHECK(strstr(s->ctx->error.text, "this model generates a text") != NULL);
+            CHECK(strstr(s->ctx->error.text, "the parameters are lent to a generator") != NULL);
             llmpar_error_clear(&s->ctx->error);
             llmpar_schedule_destroy(schedule);
         }

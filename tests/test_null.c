@@ -45,6 +45,7 @@ static int run_case(rig *r, int number, int call, const char **name)
     llmpar_llama_config config = *llmpar_llama_get_config(r->model);
     llmpar_llama_apply_desc apply;
     llmpar_generate_desc generate;
+    llmpar_generator *generator = NULL;
     llmpar_trainer *trainer = NULL;
     llmpar_trainer_desc recipe;
     llmpar_checkpoint *checkpoint = NULL;
@@ -135,6 +136,10 @@ static int run_case(rig *r, int number, int call, const char **name)
     REFUSED(llmpar_llama_generate, NULL, r->fsdp, &generate, ids, &count)
     REFUSED(llmpar_llama_generate, r->model, NULL, &generate, ids, &count)
     TOLD(llmpar_llama_generate, r->model, r->fsdp, NULL, ids, &count)
+    REFUSED(llmpar_generator_create, NULL, r->fsdp, 0, &generator)
+    REFUSED(llmpar_generator_create, r->model, NULL, 0, &generator)
+    REFUSED(llmpar_generator_run, NULL, &generate, ids, &count)
+    NOTHING(llmpar_generator_destroy, NULL)
 
     /* model_io */
     REFUSED(llmpar_hf_index_parse, NULL, "{}", 2, "x", &index, error)

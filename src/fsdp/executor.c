@@ -220,6 +220,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
 {
     llmpar_heap *heap = &fsdp->ctx->heap;
     LLMPAR__ZEROED(llmpar__exec, exec);
+    if (llmpar__fsdp_not_lent(fsdp)) return LLMPAR_ERR_ARGUMENT;
     exec.fsdp = fsdp;
     exec.run = run;
     exec.grad_scale = 1;

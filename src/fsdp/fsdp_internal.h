@@ -77,6 +77,7 @@ struct llmpar_fsdp {
     uint64_t seed;
     llmpar__flat *units;
     int32_t unit_count;
+    const char *borrower;             /* who has the gathered parameters; NULL: nobody */
     llmpar_stream *stream[LLMPAR_STREAM_COUNT];
     llmpar_event **event;             /* by instruction index, NULL until needed */
     int32_t event_count;
@@ -120,6 +121,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream
 /* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_not_lent(const llmpar_fsdp *fsdp); /* an error where the parameters are lent */
 /* This rank's part of the parameters in the compute dtype, NULL while it is offloaded. */
 LLMPAR__PRIVATE void *llmpar__fsdp_own_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
 /* The compute dtype's copy from the master. */

@@ -155,11 +155,23 @@ static llmpar_status llmpar__shard_put(llmpar_fsdp *fsdp, int32_t unit, llmpar_s
     return llmpar__store_failed(fsdp->store, llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD], status));
 }
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_not_lent(const llmpar_fsdp *fsdp)
+{
+    return fsdp->borrower ? llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "fsdp: the parameters are lent to %s, expected after they have come back", fsdp->borrower) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_lend(llmpar_fsdp *fsdp, const char *borrower)
+{
+    llmpar_status status = borrower ? llmpar__fsdp_not_lent(fsdp) : LLMPAR_OK;
+    if (!status) fsdp->borrower = borrower;
+    return status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params)
 {
     llmpar__flat *flat = &fsdp->units[unit];
-    llmpar_status status = LLMPAR_OK;
-    int fetch = !flat->shard;
+    llmpar_status status = llmpar__fsdp_not_lent(fsdp);
+    int fetch = !flat->shard && !status;
     if (fetch) status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
     if (!status && fsdp->whole_params) flat->gathers++;
     else if (!status) {
@@ -227,6 +239,7 @@ LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
     void *now = llmpar__fsdp_updated(fsdp, flat);
     llmpar_status status = LLMPAR_OK;
     llmpar_fsdp_layout(fsdp, unit, elements, segments, segment_count);
+    if (llmpar__fsdp_not_lent(fsdp)) return NULL;
     if (now) return now;
     if (!fsdp->policy.master || llmpar__fsdp_has_master(fsdp, flat)) {
         status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);

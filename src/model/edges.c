@@ -69,7 +69,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
 {
     llmpar__embed e = llmpar__embed_open(call);
-    if (e.model->interleaved) return llmpar_fail(call->ctx, LLMPAR_ERR_ARGUMENT, "step: called while this model generates a text, expected after it");
     LLMPAR__ZEROED(llmpar_embedding_args, args);
     args.rows = e.s.n;
     args.dim = e.s.d;

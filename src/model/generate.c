@@ -9,7 +9,7 @@
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-/* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
+/* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered, and are lent to the session that generates.
    Buffers for at most `rows` rows at once, and for the logits of `head_rows` of them; the cache holds `capacity` positions of k, then of v, for every layer, [L][2][capacity, k*E]. */
 typedef struct llmpar__session {
     llmpar_llama *model;
@@ -29,7 +29,9 @@ typedef struct llmpar__session {
     char *staging;                 /* host [staging_bytes], for copies: logits as they come, [tp, head_rows, widest part]; behind them all ids by position */
     int32_t *host_ids;             /* [capacity], in staging */
     size_t staging_bytes;
+    void *const **params;          /* [units], each gathered while the session is open */
     int32_t unsharded_units;
+    int lent;                      /* the parameters are this session's */
     llmpar_interleave_args *weights; /* [layers * 7 + 1], by llmpar__session_weight; NULL: they lie as ever */
     int32_t interleaved;           /* of these: all or none but while they are turned */
 } llmpar__session;
@@ -145,14 +147,13 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     return w > most ? w : most;
 }
 
-static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t capacity, llmpar__session *g)
+static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t capacity, const char *borrower, llmpar__session *g)
 {
     memset(g, 0, sizeof *g);
     g->model = model;
     g->fsdp = fsdp;
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
-    if (model->interleaved) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: called while this model generates a text, expected after it");
     if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
     if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
@@ -168,81 +169,68 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     micro.leaves = 1;
     llmpar__llama_shape(model, &micro, g->dtype, &g->s);
     g->workspace_bytes = llmpar__session_workspace(g);
-    llmpar_status status = g->device->stream_create(g->device, "generation", &g->stream);
-    if (!status) status = llmpar__session_memory(g);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
-        status = llmpar_fsdp_unshard(fsdp, u, NULL);
-        if (!status) g->unsharded_units = u + 1;
+    g->params = (void *const **)llmpar_heap_alloc(&model->ctx->heap, (size_t)model->unit_count, sizeof *g->params);
+    llmpar_status status = g->params ? LLMPAR_OK : llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    while (g->unsharded_units < model->unit_count && !status) {
+        status = llmpar_fsdp_unshard(fsdp, g->unsharded_units, &g->params[g->unsharded_units]);
+        if (!status) g->unsharded_units++;
     }
-    return status;
+    if (!status && borrower) status = llmpar_fsdp_lend(fsdp, borrower);
+    g->lent = !status && borrower;
+    if (!status) status = g->device->stream_create(g->device, "generation", &g->stream);
+    return status ? status : llmpar__session_memory(g);
 }
 
-/* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
-static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
+/* The parameters of layer `layer`, by llmpar_llama.place. */
+static void llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
 {
     memset(out, 0, LLMPAR__BLOCK_PARAMS * sizeof *out);
     for (int32_t mlp = 0; mlp < 2; mlp++) {
         int32_t first, unit = llmpar__llama_home(g->model, 2 * layer + mlp, &first);
-        void *const *params = NULL;
-        llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
-        if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
-        if (status) return status;
         for (int p = mlp ? LLMPAR__NORM2 : 0; p < (mlp ? (int)LLMPAR__BLOCK_PARAMS : (int)LLMPAR__NORM2); p++)
-            if (g->model->place[p] >= 0) out[p] = params[first + g->model->place[p] - (mlp ? g->model->place[LLMPAR__NORM2] : 0)];
+            if (g->model->place[p] >= 0) out[p] = g->params[unit][first + g->model->place[p] - (mlp ? g->model->place[LLMPAR__NORM2] : 0)];
     }
-    return LLMPAR_OK;
 }
 
-/* The gathered parameters of the head, as those of a layer. */
-static llmpar_status llmpar__session_head_params(const llmpar__session *g, void **norm, void **weight)
-{
-    int32_t head = g->model->unit_count - 1;
-    void *const *p = NULL, *const *table = NULL;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
-    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
-    if (status) return status;
-    *norm = p[0];
-    *weight = g->model->config.tied ? table[0] : p[1];
-    return LLMPAR_OK;
-}
+/* The projection of the head. */
+static void *llmpar__session_head_weight(const llmpar__session *g) { return g->model->config.tied ? g->params[0][0] : g->params[g->model->unit_count - 1][1]; }
 
 /* Weight `i` of those that meet one row of x a token: seven a layer, then the head's. */
-static llmpar_status llmpar__session_weight(const llmpar__session *g, int32_t i, llmpar_interleave_args *args)
+static void llmpar__session_weight(const llmpar__session *g, int32_t i, llmpar_interleave_args *args)
 {
     static const int params[LLMPAR__SESSION_WEIGHTS] = { LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN };
     const llmpar__shape *s = &g->s;
     const int64_t n[LLMPAR__SESSION_WEIGHTS] = { s->h * s->e, s->k * s->e, s->k * s->e, s->d, s->f, s->f, s->d }, k[LLMPAR__SESSION_WEIGHTS] = { s->d, s->d, s->d, s->h * s->e, s->d, s->d, s->f };
     int32_t layer = i / LLMPAR__SESSION_WEIGHTS, which = i % LLMPAR__SESSION_WEIGHTS;
-    void *p[LLMPAR__BLOCK_PARAMS], *norm;
+    void *p[LLMPAR__BLOCK_PARAMS];
     memset(args, 0, sizeof *args);
     args->dtype = g->dtype;
     args->workspace = g->workspace;
     args->workspace_bytes = g->workspace_bytes;
-    args->n = s->v;
-    args->k = s->d;
-    if (layer == g->model->config.layers) return llmpar__session_head_params(g, &norm, &args->w);
+    if (layer == g->model->config.layers) {
+        args->n = s->v;
+        args->k = s->d;
+        args->w = llmpar__session_head_weight(g);
+        return;
+    }
+    llmpar__session_params(g, layer, p);
     args->n = n[which];
     args->k = k[which];
-    llmpar_status status = llmpar__session_params(g, layer, p);
-    if (!status) args->w = p[params[which]];
-    return status;
+    args->w = p[params[which]];
 }
 
 /* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. Each is turned before the next, on this thread, so that it is known what has to be turned back. */
 static llmpar_status llmpar__session_interleave(llmpar__session *g)
 {
     int32_t count = g->model->config.layers * LLMPAR__SESSION_WEIGHTS + 1;
-    llmpar_status status = g->device->synchronize(g->device, g->stream);
+    llmpar_status status = LLMPAR_OK;
     g->weights = (llmpar_interleave_args *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)count, sizeof *g->weights);
-    if (!status && !g->weights) return llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
-    for (int32_t i = 0; i < count && !status; i++) {
-        status = llmpar__session_weight(g, i, &g->weights[i]);
-        if (!status && (uintptr_t)g->weights[i].w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
+    if (!g->weights) return llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    for (int32_t i = 0; i < count; i++) {
+        llmpar__session_weight(g, i, &g->weights[i]);
+        if ((uintptr_t)g->weights[i].w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
     }
     while (g->interleaved < count && !status) {
-        g->model->interleaved = 1;
         status = g->device->interleave(g->device, NULL, &g->weights[g->interleaved]);
         if (!status) g->interleaved++;
     }
@@ -263,9 +251,10 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
         llmpar_status turned = g->device->interleave(g->device, NULL, weight);
         if (!status) status = turned;
     }
-    if (g->weights) g->model->interleaved = 0;
+    if (g->lent) llmpar_fsdp_lend(g->fsdp, NULL);
     llmpar_heap_free(&g->model->ctx->heap, g->weights);
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
+    llmpar_heap_free(&g->model->ctx->heap, (void *)g->params);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
@@ -317,15 +306,14 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     llmpar_attention_args attention;
     llmpar_tp_operand row;
     llmpar_add_args add;
-    llmpar_status status = llmpar__session_params(g, layer, p);
-    if (status) return status;
+    llmpar__session_params(g, layer, p);
     llmpar__session_attention(g, layer, position, count, &attention);
     const int64_t heads[3] = { s->h * s->e, s->k * s->e, s->k * s->e }, gates[2] = { s->f, s->f };
     size_t at = (size_t)(position * heads[1]) * s->size;
     int one = count == 1 && llmpar__session_together(g, 3, p + LLMPAR__WQ, heads, s->d) && llmpar__session_together(g, 3, p + LLMPAR__BQ, heads, 1), two = count == 1 && llmpar__session_together(g, 2, p + LLMPAR__GATE, gates, s->d);
     char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at, *up = (char *)g->gate + (size_t)(count * s->f) * s->size;
     char *raw = (char *)(p[LLMPAR__QNORM] ? g->o : g->q), *raw_k = one ? raw + (size_t)heads[0] * s->size : p[LLMPAR__KNORM] ? raw : k; /* o: attention has not written it yet */
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
+    llmpar_status status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
     if (!status) status = llmpar__session_linear(g, count, one ? s->qkv : heads[0], p[LLMPAR__WQ], p[LLMPAR__BQ], raw);
     if (!status) status = llmpar__session_heads(g, s->h, position, count, raw, p[LLMPAR__QNORM], g->q);
     if (!status && !one) status = llmpar__session_linear(g, count, heads[1], p[LLMPAR__WK], p[LLMPAR__BK], raw_k);
@@ -367,12 +355,9 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
-    void *norm = NULL, *weight = NULL;
-    llmpar_status status = llmpar__session_head_params(g, &norm, &weight);
-    if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, norm, NULL, g->h, g->rstd);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->v, g->h, weight, g->interleaved > 0, NULL, g->logits, widest, g->workspace, g->workspace_bytes);
+    llmpar_status status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, g->params[g->model->unit_count - 1][0], NULL, g->h, g->rstd);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->v, g->h, llmpar__session_head_weight(g), g->interleaved > 0, NULL, g->logits, widest, g->workspace, g->workspace_bytes);
     LLMPAR__ZEROED(llmpar_collective, call);
     call.send = g->logits;
     call.recv = g->gathered;
@@ -411,24 +396,22 @@ static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table
 static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
 {
     const llmpar_llama_config *c = &g->model->config;
-    void *const *table = NULL;
+    const void *table = g->params[0][0];
     for (int64_t i = 0; i < count; i++)
         if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
-    memcpy(g->host_ids + position, ids, (size_t)count * sizeof *ids); /* each position once: the stream may yet read what was written before */
-    if (!status) status = g->device->copy(g->device, g->stream, g->ids, g->host_ids + position, (size_t)count * sizeof *ids);
+    memcpy(g->host_ids + position, ids, (size_t)count * sizeof *ids); /* each position once a text: the stream may yet read what was written before */
+    llmpar_status status = g->device->copy(g->device, g->stream, g->ids, g->host_ids + position, (size_t)count * sizeof *ids);
     LLMPAR__ZEROED(llmpar_embedding_args, args);
     args.rows = count;
     args.dim = g->s.d;
     args.v_begin = g->s.v_begin;
     args.v_local = g->s.v;
     args.ids = g->ids;
-    args.table = status ? NULL : table[0];
+    args.table = table;
     args.out = g->x;
     args.dtype = g->dtype;
     int streams = g->interleaved > 0 && c->tied;
-    for (int64_t i = 0; i < count && streams && !status; i++) status = llmpar__session_embed(g, table[0], ids[i] - g->s.v_begin, i);
+    for (int64_t i = 0; i < count && streams && !status; i++) status = llmpar__session_embed(g, table, ids[i] - g->s.v_begin, i);
     if (!status && !streams) status = g->device->embedding(g->device, g->stream, &args);
     if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
     for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
@@ -441,7 +424,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
     LLMPAR__NEED(model && fsdp, NULL);
     if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
-    llmpar_status status = llmpar__session_open(model, fsdp, count, count, count, &g);
+    llmpar_status status = llmpar__session_open(model, fsdp, count, count, count, NULL, &g);
     if (!status) status = llmpar__session_forward(&g, ids, 0, count);
     if (!status) status = llmpar__session_head(&g, 0, count);
     if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
@@ -535,48 +518,122 @@ static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
     return 0;
 }
 
-LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+/* ---- texts ---- */
+
+struct llmpar_generator {
+    llmpar__session session;
+    int64_t known;   /* positions whose ids, keys and values session.host_ids and session.cache hold */
+    int32_t *order;  /* [V] scratch of sampling */
+};
+
+/* What may be said before anything is taken; *tokens: how many at most. */
+static llmpar_status llmpar__generate_check(const llmpar_llama *model, const llmpar_generate_desc *desc, int64_t *tokens)
 {
-    enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
-    llmpar__session g;
-    *count = 0;
-    LLMPAR__NEED(model && fsdp, NULL);
-    const llmpar_llama_config *c = &model->config;
     if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
-    int32_t tokens = desc->tokens ? desc->tokens : 128;
+    *tokens = desc->tokens ? desc->tokens : 128;
     if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids, expected at least 1", (int)desc->prompt_count);
-    if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)tokens);
+    if (*tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)desc->tokens);
     if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
     if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
+    return LLMPAR_OK;
+}
+
+/* streams: weights are interleaved, where the device has such products. */
+static llmpar_status llmpar__generator_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t positions, int streams, llmpar_generator *g)
+{
+    enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
+    g->known = 0;
+    g->order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)model->config.vocab, sizeof *g->order);
+    llmpar_status status = llmpar__session_open(model, fsdp, rows < CHUNK ? rows : CHUNK, 1, positions, "a generator", &g->session);
+    if (!status && !g->order) status = llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    if (!status && streams && llmpar__session_streams(&g->session)) status = llmpar__session_interleave(&g->session);
+    return status;
+}
+
+static llmpar_status llmpar__generator_close(llmpar_generator *g, llmpar_status status)
+{
+    llmpar_heap_free(&g->session.model->ctx->heap, g->order);
+    return llmpar__session_close(&g->session, status);
+}
+
+LLMPAR_DEF llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t positions, llmpar_generator **out)
+{
+    *out = NULL;
+    LLMPAR__NEED(model && fsdp, NULL);
+    if (positions < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at least 1", (long long)positions);
+    if (!positions) positions = model->positions;
     if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
-    int64_t rows = desc->prompt_count < CHUNK ? desc->prompt_count : CHUNK;
-    int32_t *order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)c->vocab, sizeof *order);
-    if (!order) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    llmpar_generator *g = (llmpar_generator *)llmpar_heap_alloc(&model->ctx->heap, 1, sizeof *g);
+    if (!g) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    llmpar_status status = llmpar__generator_open(model, fsdp, positions, positions, 1, g);
+    if (!status) *out = g;
+    else {
+        llmpar__generator_close(g, status);
+        llmpar_heap_free(&model->ctx->heap, g);
+    }
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_generator_destroy(llmpar_generator *g)
+{
+    if (!g) return LLMPAR_OK;
+    llmpar_heap *heap = &g->session.model->ctx->heap;
+    llmpar_status status = llmpar__generator_close(g, LLMPAR_OK);
+    llmpar_heap_free(heap, g);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+{
+    *count = 0;
+    LLMPAR__NEED(g, NULL);
+    llmpar__session *s = &g->session;
+    llmpar_ctx *ctx = s->model->ctx;
+    const llmpar_llama_config *c = &s->model->config;
+    int64_t tokens, position = 0, last = 0;
+    llmpar_status status = llmpar__generate_check(s->model, desc, &tokens);
+    if (status) return status;
+    if (desc->prompt_count + tokens - 1 > s->capacity) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids and %lld tokens, expected room for all but the last in the generator's %lld positions", (int)desc->prompt_count, (long long)tokens, (long long)s->capacity);
     llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
-    llmpar_status status = llmpar__session_open(model, fsdp, rows, 1, (int64_t)desc->prompt_count + tokens - (tokens > 0), &g);
-    int64_t position = 0, last = 0;
-    if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g); /* before the prompt, which few and many rows multiply no slower so */
+    while (position < g->known && position < desc->prompt_count - 1 && s->host_ids[position] == desc->prompt[position]) position++;
     while (!status && position < desc->prompt_count) {
-        int64_t n = desc->prompt_count - position < rows ? desc->prompt_count - position : rows;
-        status = llmpar__session_forward(&g, desc->prompt + position, position, n);
+        int64_t n = desc->prompt_count - position < s->rows ? desc->prompt_count - position : s->rows;
+        status = llmpar__session_forward(s, desc->prompt + position, position, n);
         position += n;
         last = n - 1;
     }
-    for (int32_t i = 0; i < tokens && !status; i++) {
-        status = llmpar__session_head(&g, last, 1);
-        int32_t id = status ? 0 : llmpar__sample_greedy(g.host, c->vocab);
-        if (id < 0) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
+    for (int64_t i = 0; i < tokens && !status; i++) {
+        status = llmpar__session_head(s, last, 1);
+        int32_t id = status ? 0 : llmpar__sample_greedy(s->host, c->vocab);
+        if (id < 0) status = llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
         if (status) break;
-        if (desc->temperature != 0) id = llmpar__sample_nucleus(g.host, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
+        g->known = position;
+        if (desc->temperature != 0) id = llmpar__sample_nucleus(s->host, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), g->order);
         ids[(*count)++] = id;
-        if (desc->on_token) status = desc->on_token(desc->user, id);
-        if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
-        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1);
+        if (desc->on_token && (status = desc->on_token(desc->user, id)) != LLMPAR_OK) return status; /* the text ends; nothing has failed here */
+        if (i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
+        status = llmpar__session_forward(s, ids + *count - 1, position++, 1);
         last = 0;
     }
-    status = llmpar__session_close(&g, status);
-    llmpar_heap_free(&model->ctx->heap, order);
+    if (status) { /* the cache is in doubt, and the stream may yet read ids */
+        g->known = 0;
+        s->device->synchronize(s->device, s->stream);
+    }
     return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+{
+    llmpar_generator g;
+    int64_t tokens;
+    *count = 0;
+    LLMPAR__NEED(model && fsdp, NULL);
+    llmpar_status status = llmpar__generate_check(model, desc, &tokens);
+    if (status) return status;
+    if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
+    status = llmpar__generator_open(model, fsdp, desc->prompt_count, desc->prompt_count + tokens - 1, tokens >= LLMPAR__SESSION_MANY, &g);
+    if (!status) status = llmpar_generator_run(&g, desc, ids, count);
+    return llmpar__generator_close(&g, status);
 }
 
 #endif /* LLMPAR_NO_LLAMA */

@@ -61,9 +61,18 @@ typedef struct llmpar_generate_desc {
     void *user;
 } llmpar_generate_desc;
 
-/* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp.
-   For 32 tokens and more the rows of the weights are interleaved in place while it runs, on devices that multiply few rows faster so (llmpar_interleave_args), and lie as before when it returns, whatever it returns: on_token must neither read nor write
-   parameters (save, redistribute); logits, another generation or a step of this model are refused there: LLMPAR_ERR_ARGUMENT. */
+/* One text: writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Meanwhile the parameters are
+   lent to it (llmpar_fsdp_lend): in on_token they can be neither read nor saved, and logits, another text or a step of this model are refused. For 32 tokens and more the rows of the weights are interleaved in place, on devices that
+   multiply few rows faster so (llmpar_interleave_args); they lie as before when it returns, whatever it returns. Collective over the mesh of fsdp. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
+
+/* Many texts, a conversation, a server: buffers, the KV cache of at most `positions` ids (prompt and reply of the longest text; 0: the positions given to apply) and interleaved weights stay from text to text, and so do the keys and
+   values of the latest one: as far as the next prompt begins with the same ids, they are not computed again. The ids are those that llmpar_llama_generate gives, bit for bit. Give each turn of a conversation the whole text so far.
+   The parameters are lent to it until it is destroyed, before model and fsdp are. A run that fails (not: that on_token ends) forgets the text; the generator may be used again. Of one thread at a time.
+   create, run, destroy: collective over the mesh of fsdp, with the same desc on every rank. destroy returns the first failure to lay the weights as they lay; NULL: nothing happens. */
+typedef struct llmpar_generator llmpar_generator;
+LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t positions, llmpar_generator **out);
+LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
+LLMPAR_API llmpar_status llmpar_generator_destroy(llmpar_generator *generator);
 
 #endif

@@ -46,7 +46,6 @@ struct llmpar_llama {
     void *cosine, *sine;           /* device [positions, E/2], sum type */
     void *one;                     /* device: the number 1 of the compute dtype, the input that a bias is the weight of; NULL without biases */
     int applied;                   /* 0 no, 1 begun, 2 done */
-    int interleaved;               /* the rows of its weights are: a text is being generated */
 };
 
 /* Local extents of one micro-batch. */
