@@ -2025,13 +2025,20 @@ typedef struct llmpar_generate_desc {
    multiply few rows faster so (llmpar_interleave_args); they lie as before when it returns, whatever it returns. Collective over the mesh of fsdp. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
 
-/* Many texts, a conversation, a server: buffers, the KV cache of at most `positions` ids (prompt and reply of the longest text; 0: the positions given to apply) and interleaved weights stay from text to text, and so do the keys and
-   values of the latest one: as far as the next prompt begins with the same ids, they are not computed again. The ids are those that llmpar_llama_generate gives, bit for bit. Give each turn of a conversation the whole text so far.
-   The parameters are lent to it until it is destroyed, before model and fsdp are. A run that fails (not: that on_token ends) forgets the text; the generator may be used again. Of one thread at a time.
-   create, run, destroy: collective over the mesh of fsdp, with the same desc on every rank. destroy returns the first failure to lay the weights as they lay; NULL: nothing happens. */
+/* Many texts, at once or one behind the other, a conversation, a server: buffers, the KV cache and interleaved weights stay, and so do the keys and values of the latest texts: as far as a prompt begins with the ids of a text that is known
+   or being generated, they are not computed again. Give each turn of a conversation the whole text so far. Zero is a default everywhere. */
+typedef struct llmpar_generator_desc {
+    int64_t positions;        /* ids of a text at most, prompt and reply (its last id needs none); default: the positions given to apply */
+    int32_t texts;            /* how many are generated at once, and known afterwards; default 1. Each has its cache; each step then reads the weights once for all of them */
+} llmpar_generator_desc;
 typedef struct llmpar_generator llmpar_generator;
-LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t positions, llmpar_generator **out);
-LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
+/* The parameters are lent to it (llmpar_fsdp_lend) until it is destroyed, which must be before model and fsdp are. Of one thread at a time; the generator may not be used in on_token. Collective over the mesh of fsdp, as run and destroy,
+   with the same descs on every rank. */
+LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generator_desc *desc, llmpar_generator **out);
+/* Generates texts[count], begun in their order, each as soon as another one's end has made room: ids[i] has room for texts[i].tokens ids, counts[i] is how many there are. They are those that llmpar_llama_generate gives for each, bit for
+   bit, whatever else is or was generated. What on_token returns, if not LLMPAR_OK, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
+LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *texts, int32_t count, int32_t *const *ids, int32_t *counts);
+/* Returns the first failure to lay the weights as they lay. NULL: nothing happens. */
 LLMPAR_API llmpar_status llmpar_generator_destroy(llmpar_generator *generator);
 
 /* Chapter: io */
@@ -12058,8 +12065,11 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stre
 /* ---- src/model/generate.c goes on ---- */
 #if !defined(LLMPAR_NO_LLAMA)
 
+/* Rows of one text that go together: the ids at `position` on. */
+typedef struct llmpar__span { int64_t slot, position, count; } llmpar__span;
+
 /* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered, and are lent to the session that generates.
-   Buffers for at most `rows` rows at once, and for the logits of `head_rows` of them; the cache holds `capacity` positions of k, then of v, for every layer, [L][2][capacity, k*E]. */
+   Buffers for at most `rows` rows at once, and for the logits of `head_rows` of them. `slots` texts are known at once, each of at most `capacity` ids: their ids, and their k, then v, for every layer, [slots][L][2][capacity, k*E]. */
 typedef struct llmpar__session {
     llmpar_llama *model;
     llmpar_fsdp *fsdp;
@@ -12068,15 +12078,17 @@ typedef struct llmpar__session {
     llmpar_tp tp;                  /* the model's, without sequence parallel */
     llmpar__shape s;               /* b = 1, t = rows */
     llmpar_dtype dtype;
-    int64_t rows, head_rows, capacity;
+    int64_t rows, head_rows, slots, capacity;
+    llmpar__span *spans;           /* [slots]: of the rows that go now */
     size_t workspace_bytes, cache_bytes;
     void *block, *cache, *workspace; /* block: all activations */
-    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *logits; /* q or o: behind one row may come its k and v; part, rstd: sum type; sum: the reduced part, = part where they are of one type; gate: behind its rows come those of up */
+    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *logits; /* q or o: behind a text's one row may come its k and v; part, rstd: sum type; sum: the reduced part, = part where they are of one type; gate: behind its rows, or each of them,
+                                                                come those of up; k and v of several texts on their way into the cache */
     int32_t *ids;                  /* device [rows] */
     float *host;                   /* [head_rows, V] logits as f32 */
     void *gathered;                /* device [tp, head_rows, widest vocabulary part] */
-    char *staging;                 /* host [staging_bytes], for copies: logits as they come, [tp, head_rows, widest part]; behind them all ids by position */
-    int32_t *host_ids;             /* [capacity], in staging */
+    char *staging;                 /* host [staging_bytes], for copies: logits as they come, [tp, head_rows, widest part]; behind them all texts' ids by position */
+    int32_t *host_ids;             /* [slots][capacity], in staging */
     size_t staging_bytes;
     void *const **params;          /* [units], each gathered while the session is open */
     int32_t unsharded_units;
@@ -12096,9 +12108,10 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
     size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows * s->h, s->sum_size);
-    size_t q = llmpar__llama_take(&at, (g->rows - 1) * s->h * s->e + s->qkv, s->size), o = llmpar__llama_take(&at, (g->rows - 1) * s->h * s->e + s->qkv, s->size), gate = llmpar__llama_take(&at, 2 * g->rows * s->f, s->size);
+    int64_t queries = (g->rows - g->slots) * s->h * s->e + g->slots * s->qkv;
+    size_t q = llmpar__llama_take(&at, queries, s->size), o = llmpar__llama_take(&at, queries, s->size), gate = llmpar__llama_take(&at, 2 * g->rows * (s->f > s->k * s->e ? s->f : s->k * s->e), s->size);
     size_t logits = llmpar__llama_take(&at, g->head_rows * widest, s->size), gathered = llmpar__llama_take(&at, g->head_rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
-    g->cache_bytes = (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
+    g->cache_bytes = (size_t)g->slots * (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
     llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, at, "generation", &g->block);
     if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, g->cache_bytes, "kv cache", &g->cache);
     if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, g->workspace_bytes, "generation", &g->workspace);
@@ -12118,7 +12131,7 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     g->host = (float *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)g->head_rows, (size_t)c->vocab * sizeof(float));
     void *staging = NULL;
     size_t raw = ((size_t)(g->head_rows * widest * g->tp.ranks) * s->size + 63) / 64 * 64;
-    g->staging_bytes = raw + (size_t)g->capacity * sizeof(int32_t);
+    g->staging_bytes = raw + (size_t)(g->slots * g->capacity) * sizeof(int32_t);
     status = llmpar_device_host_alloc(g->device, &g->model->ctx->heap, g->staging_bytes, &staging);
     if (!status) {
         g->staging = (char *)staging;
@@ -12127,30 +12140,37 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     return g->host && !status ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->head_rows);
 }
 
-static void llmpar__session_attention(const llmpar__session *g, int32_t layer, int64_t position, int64_t count, llmpar_attention_args *args)
+/* Where the cache has k of this layer from position 0 of a slot on; v: behind `capacity` of them. */
+static char *llmpar__session_cache(const llmpar__session *g, int64_t slot, int32_t layer)
+{
+    return (char *)g->cache + (size_t)((slot * g->model->config.layers + layer) * g->capacity * 2 * g->s.k * g->s.e) * g->s.size;
+}
+
+/* Of the rows from `row` on, which are the span's. */
+static void llmpar__session_attention(const llmpar__session *g, int32_t layer, const llmpar__span *span, int64_t row, int64_t ldq, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &g->s;
-    char *cache = (char *)g->cache + (size_t)layer * (size_t)(g->capacity * 2 * s->k * s->e) * s->size;
     memset(args, 0, sizeof *args);
     args->batch = 1;
-    args->tq = count;
-    args->tk = position + count;
+    args->tq = span->count;
+    args->tk = span->position + span->count;
     args->tk_stride = g->capacity;
     args->heads = s->h;
     args->kv_heads = s->k;
     args->head_dim = s->e;
-    args->q = g->q;
-    if (g->cache) {
-        args->k = cache;
-        args->v = cache + (size_t)(g->capacity * s->k * s->e) * s->size;
-    }
-    args->ldq = args->ldo = s->h * s->e;
+    args->q = (char *)g->q + (size_t)(row * ldq) * s->size;
+    args->ldq = ldq;
+    args->ldo = s->h * s->e;
     args->ldk = args->ldv = s->k * s->e;
-    args->out = g->o;
+    args->out = (char *)g->o + (size_t)(row * args->ldo) * s->size;
     args->scale = llmpar__llama_scale(g->model);
     args->dtype = g->dtype;
     args->workspace = g->workspace;
     args->workspace_bytes = g->workspace_bytes;
+    if (!g->cache) return;
+    char *cache = llmpar__session_cache(g, span->slot, layer);
+    args->k = cache;
+    args->v = cache + (size_t)(g->capacity * args->ldv) * s->size;
 }
 
 /* Whether products of few rows may read all weights as streams: rows, and the pieces of each sum, are whole words. */
@@ -12169,11 +12189,11 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     size_t most = 0, w;
     llmpar_tp_operand row;
     llmpar_attention_args attention;
-    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. Few rows are multiplied in another way than many, and need more the more there are. */
+    /* Every row count up to `rows` is used: the prompt's chunks and a token of each text. Few rows are multiplied in another way than many, and need more the more there are. */
     for (int pass = 0; pass < 3; pass++) {
         int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
         for (int i = 0; i < 6; i++) {
-            int64_t own = i == 2 || i == 4 ? 1 /* together only for one row */ : i == 5 && rows > g->head_rows ? g->head_rows : rows;
+            int64_t limit = i == 2 || i == 4 ? g->slots /* together only for one row of each text */ : i == 5 ? g->head_rows : rows, own = rows < limit ? rows : limit;
             w = i < 3 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
@@ -12183,7 +12203,9 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         llmpar__llama_row(&g->tp, NULL, NULL, c->intermediate, 1, &row);
         w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype);
         if (w > most) most = w;
-        llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
+        const int64_t tq = rows < g->capacity ? rows : g->capacity;
+        const llmpar__span span = { 0, g->capacity - tq, tq };
+        llmpar__session_attention(g, 0, &span, 0, s->h * s->e, &attention);
         w = g->device->attention_workspace(g->device, &attention);
         if (w > most) most = w;
     }
@@ -12196,7 +12218,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     return w > most ? w : most;
 }
 
-static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t capacity, const char *borrower, llmpar__session *g)
+static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t slots, int64_t capacity, const char *borrower, llmpar__session *g)
 {
     memset(g, 0, sizeof *g);
     g->model = model;
@@ -12211,6 +12233,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->tp.sequence_parallel = 0;
     g->rows = rows;
     g->head_rows = head_rows;
+    g->slots = slots;
     g->capacity = capacity;
     LLMPAR__ZEROED(llmpar_micro, micro);
     micro.batch = 1;
@@ -12219,7 +12242,8 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     llmpar__llama_shape(model, &micro, g->dtype, &g->s);
     g->workspace_bytes = llmpar__session_workspace(g);
     g->params = (void *const **)llmpar_heap_alloc(&model->ctx->heap, (size_t)model->unit_count, sizeof *g->params);
-    llmpar_status status = g->params ? LLMPAR_OK : llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    g->spans = (llmpar__span *)llmpar_heap_alloc(&model->ctx->heap, (size_t)slots, sizeof *g->spans);
+    llmpar_status status = g->params && g->spans ? LLMPAR_OK : llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     while (g->unsharded_units < model->unit_count && !status) {
         status = llmpar_fsdp_unshard(fsdp, g->unsharded_units, &g->params[g->unsharded_units]);
         if (!status) g->unsharded_units++;
@@ -12304,6 +12328,7 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
     llmpar_heap_free(&g->model->ctx->heap, g->weights);
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
     llmpar_heap_free(&g->model->ctx->heap, (void *)g->params);
+    llmpar_heap_free(&g->model->ctx->heap, g->spans);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
@@ -12312,7 +12337,7 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
     return status;
 }
 
-/* Whether w[0] .. w[count - 1], of n[i] rows of k elements, lie one behind the other as one matrix does: one row of x then meets them in one product, which has fewer beginnings and ends. Absent ones do. */
+/* Whether w[0] .. w[count - 1], of n[i] rows of k elements, lie one behind the other as one matrix does: one row of x, of each text, then meets them in one product, which has fewer beginnings and ends. Absent ones do. */
 static int llmpar__session_together(const llmpar__session *g, int count, void *const *w, const int64_t *n, int64_t k)
 {
     int64_t tile = g->interleaved > 0 ? llmpar_device_interleaved_rows(g->device, g->dtype) : 1;
@@ -12327,7 +12352,7 @@ static llmpar_status llmpar__session_linear(const llmpar__session *g, int64_t co
     return llmpar__llama_linear(g->model, g->stream, count, width, g->h, w, g->interleaved > 0, bias, out, width, g->workspace, g->workspace_bytes);
 }
 
-/* out[count, heads*E] (q, or the place of k in the cache) of its product, which may be there: norm over heads if there is one, rope. */
+/* out[count, heads*E] (q, or the place of k in the cache) of its product, which may be there: norm over heads if there is one, rope. One text's rows. */
 static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *product, const void *norm, void *out)
 {
     llmpar_status status = LLMPAR_OK;
@@ -12347,7 +12372,8 @@ static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t hea
     return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
 
-static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
+/* rows: of all spans, one behind the other. */
+static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int32_t spans, int64_t rows)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
@@ -12356,41 +12382,56 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     llmpar_tp_operand row;
     llmpar_add_args add;
     llmpar__session_params(g, layer, p);
-    llmpar__session_attention(g, layer, position, count, &attention);
     const int64_t heads[3] = { s->h * s->e, s->k * s->e, s->k * s->e }, gates[2] = { s->f, s->f };
-    size_t at = (size_t)(position * heads[1]) * s->size;
-    int one = count == 1 && llmpar__session_together(g, 3, p + LLMPAR__WQ, heads, s->d) && llmpar__session_together(g, 3, p + LLMPAR__BQ, heads, 1), two = count == 1 && llmpar__session_together(g, 2, p + LLMPAR__GATE, gates, s->d);
-    char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at, *up = (char *)g->gate + (size_t)(count * s->f) * s->size;
-    char *raw = (char *)(p[LLMPAR__QNORM] ? g->o : g->q), *raw_k = one ? raw + (size_t)heads[0] * s->size : p[LLMPAR__KNORM] ? raw : k; /* o: attention has not written it yet */
-    llmpar_status status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
-    if (!status) status = llmpar__session_linear(g, count, one ? s->qkv : heads[0], p[LLMPAR__WQ], p[LLMPAR__BQ], raw);
-    if (!status) status = llmpar__session_heads(g, s->h, position, count, raw, p[LLMPAR__QNORM], g->q);
-    if (!status && !one) status = llmpar__session_linear(g, count, heads[1], p[LLMPAR__WK], p[LLMPAR__BK], raw_k);
-    if (!status) status = llmpar__session_heads(g, s->k, position, count, raw_k, p[LLMPAR__KNORM], k);
-    if (!status) status = one ? g->device->copy(g->device, g->stream, v, raw_k + (size_t)heads[1] * s->size, (size_t)heads[2] * s->size) : llmpar__session_linear(g, count, heads[2], p[LLMPAR__WV], p[LLMPAR__BV], v);
-    if (!status) status = g->device->attention(g->device, g->stream, &attention);
+    int single = rows == spans, one = single && llmpar__session_together(g, 3, p + LLMPAR__WQ, heads, s->d) && llmpar__session_together(g, 3, p + LLMPAR__BQ, heads, 1), two = single && llmpar__session_together(g, 2, p + LLMPAR__GATE, gates, s->d);
+    int64_t ldq = one ? s->qkv : heads[0], ldk = one ? s->qkv : heads[1], ldg = two ? 2 * s->f : s->f;
+    llmpar__session_attention(g, layer, g->spans, 0, ldq, &attention);
+    size_t at = (size_t)(g->spans[0].position * heads[1]) * s->size; /* k and v of one text may go into the cache at once */
+    char *raw = (char *)(p[LLMPAR__QNORM] ? g->o : g->q) /* o: attention has not written it yet */, *up = (char *)g->gate + (size_t)(two ? s->f : rows * s->f) * s->size;
+    char *k = one ? raw + (size_t)heads[0] * s->size : spans == 1 && !p[LLMPAR__KNORM] ? (char *)(uintptr_t)attention.k + at : (char *)g->gate;
+    char *v = one ? k + (size_t)heads[1] * s->size : spans == 1 ? (char *)(uintptr_t)attention.v + at : (char *)g->gate + (size_t)(rows * heads[1]) * s->size;
+    llmpar_status status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, rows, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
+    if (!status) status = llmpar__session_linear(g, rows, ldq, p[LLMPAR__WQ], p[LLMPAR__BQ], raw);
+    if (!status && !one) status = llmpar__session_linear(g, rows, heads[1], p[LLMPAR__WK], p[LLMPAR__BK], k);
+    if (!status && !one) status = llmpar__session_linear(g, rows, heads[2], p[LLMPAR__WV], p[LLMPAR__BV], v);
+    for (int64_t i = 0, r = 0; i < spans && !status; r += g->spans[i++].count) {
+        const llmpar__span *span = &g->spans[i];
+        const char *own_k = k + (size_t)(r * ldk) * s->size, *own_v = v + (size_t)(r * ldk) * s->size;
+        llmpar__session_attention(g, layer, span, r, ldq, &attention);
+        at = (size_t)(span->position * heads[1]) * s->size;
+        char *to_v = (char *)(uintptr_t)attention.v + at;
+        status = llmpar__session_heads(g, s->h, span->position, span->count, raw + (size_t)(r * ldq) * s->size, p[LLMPAR__QNORM], (char *)(uintptr_t)attention.q);
+        if (!status) status = llmpar__session_heads(g, s->k, span->position, span->count, own_k, p[LLMPAR__KNORM], (char *)(uintptr_t)attention.k + at);
+        if (!status && own_v != to_v) status = g->device->copy(g->device, g->stream, to_v, own_v, (size_t)(span->count * heads[2]) * s->size);
+    }
+    for (int64_t i = 0, r = 0; i < spans && !status; r += g->spans[i++].count) {
+        llmpar__session_attention(g, layer, &g->spans[i], r, ldq, &attention);
+        status = g->device->attention(g->device, g->stream, &attention);
+    }
     llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     row.interleaved = g->interleaved > 0;
-    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, rows, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
-    if (!status) status = llmpar__session_linear(g, count, two ? 2 * s->f : s->f, p[LLMPAR__GATE], NULL, g->gate);
-    if (!status && !two) status = llmpar__session_linear(g, count, s->f, p[LLMPAR__UP], NULL, up);
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, rows, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
+    if (!status) status = llmpar__session_linear(g, rows, ldg, p[LLMPAR__GATE], NULL, g->gate);
+    if (!status && !two) status = llmpar__session_linear(g, rows, s->f, p[LLMPAR__UP], NULL, up);
     LLMPAR__ZEROED(llmpar_swiglu_args, swiglu);
-    swiglu.rows = count;
-    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
+    swiglu.rows = rows;
+    swiglu.dim = s->f;
+    swiglu.ld_in = swiglu.ld_out = ldg;
     swiglu.gate = g->gate;
     swiglu.up = up;
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
     llmpar__llama_row(&g->tp, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    row.lda = ldg;
     row.interleaved = g->interleaved > 0;
-    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, rows, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
-    add.count = (size_t)(count * s->d);
+    add.count = (size_t)(rows * s->d);
     add.a = g->x;
     add.b = g->sum;
     add.out = g->x;
@@ -12442,16 +12483,32 @@ static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table
     return g->device->copy_rows(g->device, g->stream, &args);
 }
 
-static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
+/* The ids of a text from `position` on are known to be those, once they have been seen to be ids. No copy may be under way from there. */
+static llmpar_status llmpar__session_take(llmpar__session *g, int64_t slot, int64_t position, const int32_t *ids, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= g->model->config.vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)g->model->config.vocab - 1);
+    memcpy(g->host_ids + slot * g->capacity + position, ids, (size_t)count * sizeof *ids);
+    return LLMPAR_OK;
+}
+
+/* x of the rows of all spans, whose ids have been taken; the cache then knows their keys and values. */
+static llmpar_status llmpar__session_forward(llmpar__session *g, int32_t spans)
 {
     const llmpar_llama_config *c = &g->model->config;
     const void *table = g->params[0][0];
-    for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
-    memcpy(g->host_ids + position, ids, (size_t)count * sizeof *ids); /* each position once a text: the stream may yet read what was written before */
-    llmpar_status status = g->device->copy(g->device, g->stream, g->ids, g->host_ids + position, (size_t)count * sizeof *ids);
+    int streams = g->interleaved > 0 && c->tied;
+    int64_t rows = 0;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t i = 0; i < spans && !status; i++) {
+        const llmpar__span *span = &g->spans[i];
+        const int32_t *ids = g->host_ids + span->slot * g->capacity + span->position;
+        status = g->device->copy(g->device, g->stream, g->ids + rows, ids, (size_t)span->count * sizeof *ids);
+        for (int64_t k = 0; k < span->count && streams && !status; k++) status = llmpar__session_embed(g, table, ids[k] - g->s.v_begin, rows + k);
+        rows += span->count;
+    }
     LLMPAR__ZEROED(llmpar_embedding_args, args);
-    args.rows = count;
+    args.rows = rows;
     args.dim = g->s.d;
     args.v_begin = g->s.v_begin;
     args.v_local = g->s.v;
@@ -12459,11 +12516,9 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
     args.table = table;
     args.out = g->x;
     args.dtype = g->dtype;
-    int streams = g->interleaved > 0 && c->tied;
-    for (int64_t i = 0; i < count && streams && !status; i++) status = llmpar__session_embed(g, table, ids[i] - g->s.v_begin, i);
     if (!status && !streams) status = g->device->embedding(g->device, g->stream, &args);
-    if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
-    for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
+    if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, rows, g->s.d, g->x, g->x, g->dtype);
+    for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, spans, rows);
     return status;
 }
 
@@ -12473,8 +12528,13 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
     LLMPAR__NEED(model && fsdp, NULL);
     if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
-    llmpar_status status = llmpar__session_open(model, fsdp, count, count, count, NULL, &g);
-    if (!status) status = llmpar__session_forward(&g, ids, 0, count);
+    llmpar_status status = llmpar__session_open(model, fsdp, count, count, 1, count, NULL, &g);
+    if (!status) status = llmpar__session_take(&g, 0, 0, ids, count);
+    const llmpar__span all = { 0, 0, count };
+    if (!status) {
+        g.spans[0] = all;
+        status = llmpar__session_forward(&g, 1);
+    }
     if (!status) status = llmpar__session_head(&g, 0, count);
     if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
     return llmpar__session_close(&g, status);
@@ -12569,52 +12629,162 @@ static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
 
 /* ---- texts ---- */
 
+/* A place for a text: what the session knows there, and what is being generated. */
+typedef struct llmpar__slot {
+    int64_t known;   /* positions whose ids, keys and values are there */
+    int32_t text;    /* which one; -1: none */
+    int32_t made;    /* its ids so far; the last one waits at `known` */
+    llmpar_rng rng;
+} llmpar__slot;
+
 struct llmpar_generator {
     llmpar__session session;
-    int64_t known;   /* positions whose ids, keys and values session.host_ids and session.cache hold */
-    int32_t *order;  /* [V] scratch of sampling */
+    llmpar__slot *slots; /* [session.slots] */
+    int32_t *order;      /* [V] scratch of sampling */
+    const llmpar_generate_desc *texts; /* during a run, as the next two */
+    int32_t *const *ids, *counts;
+    int stopped;         /* by the caller */
 };
 
-/* What may be said before anything is taken; *tokens: how many at most. */
-static llmpar_status llmpar__generate_check(const llmpar_llama *model, const llmpar_generate_desc *desc, int64_t *tokens)
+static int32_t llmpar__generate_tokens(const llmpar_generate_desc *desc) { return desc->tokens ? desc->tokens : 128; }
+
+/* What may be said before anything is taken. */
+static llmpar_status llmpar__generate_check(const llmpar_llama *model, const llmpar_generate_desc *texts, int32_t count, int64_t positions)
 {
-    if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
-    *tokens = desc->tokens ? desc->tokens : 128;
-    if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids, expected at least 1", (int)desc->prompt_count);
-    if (*tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)desc->tokens);
-    if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
-    if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
+    char which[32] = "";
+    if (!texts) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
+    for (int32_t i = 0; i < count; i++) {
+        const llmpar_generate_desc *desc = &texts[i];
+        int32_t tokens = llmpar__generate_tokens(desc);
+        if (count > 1) snprintf(which, sizeof which, " of text %d", (int)i);
+        if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: prompt of %d ids, expected at least 1", which, (int)desc->prompt_count);
+        if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: tokens = %d, expected at least 1", which, (int)tokens);
+        if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: temperature = %g, expected 0 or more", which, desc->temperature);
+        if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: top_p = %g, expected 0 .. 1", which, desc->top_p);
+        if ((int64_t)desc->prompt_count + tokens - 1 > positions)
+            return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: prompt of %d ids and %d tokens, expected room for all but the last in %lld positions", which, (int)desc->prompt_count, (int)tokens, (long long)positions);
+    }
     return LLMPAR_OK;
 }
 
-/* streams: weights are interleaved, where the device has such products. */
-static llmpar_status llmpar__generator_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t positions, int streams, llmpar_generator *g)
+/* rows: of the longest prompt. streams: weights are interleaved, where the device has such products. */
+static llmpar_status llmpar__generator_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int32_t slots, int64_t positions, int streams, llmpar_generator *g)
 {
     enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
-    g->known = 0;
+    memset(g, 0, sizeof *g);
+    if (rows > CHUNK) rows = CHUNK;
     g->order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)model->config.vocab, sizeof *g->order);
-    llmpar_status status = llmpar__session_open(model, fsdp, rows < CHUNK ? rows : CHUNK, 1, positions, "a generator", &g->session);
-    if (!status && !g->order) status = llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    g->slots = (llmpar__slot *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)slots, sizeof *g->slots);
+    llmpar_status status = llmpar__session_open(model, fsdp, rows > slots ? rows : slots, slots, slots, positions, "a generator", &g->session);
+    if (!status && (!g->order || !g->slots)) status = llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     if (!status && streams && llmpar__session_streams(&g->session)) status = llmpar__session_interleave(&g->session);
     return status;
 }
 
 static llmpar_status llmpar__generator_close(llmpar_generator *g, llmpar_status status)
 {
-    llmpar_heap_free(&g->session.model->ctx->heap, g->order);
+    llmpar_heap *heap = &g->session.model->ctx->heap;
+    llmpar_heap_free(heap, g->order);
+    llmpar_heap_free(heap, g->slots);
     return llmpar__session_close(&g->session, status);
 }
 
-LLMPAR_DEF llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t positions, llmpar_generator **out)
+/* The next id of slot `slot`, of logits row `row`; it waits behind what is known, or the text ends. */
+static llmpar_status llmpar__generator_next(llmpar_generator *g, int64_t slot, int64_t row)
+{
+    llmpar__session *s = &g->session;
+    llmpar__slot *t = &g->slots[slot];
+    const llmpar_llama_config *c = &s->model->config;
+    const llmpar_generate_desc *desc = &g->texts[t->text];
+    float *logits = s->host + row * c->vocab;
+    int32_t id = llmpar__sample_greedy(logits, c->vocab);
+    if (id < 0) return llmpar_fail(s->model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)t->known - 1);
+    if (desc->temperature != 0) id = llmpar__sample_nucleus(logits, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&t->rng, (uint64_t)t->made), g->order);
+    g->ids[t->text][t->made++] = id;
+    g->counts[t->text] = t->made;
+    llmpar_status status = desc->on_token ? desc->on_token(desc->user, id) : LLMPAR_OK;
+    g->stopped = status != LLMPAR_OK;
+    if (t->made == llmpar__generate_tokens(desc) || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) t->text = -1;
+    else s->host_ids[slot * s->capacity + t->known] = id;
+    return status;
+}
+
+/* Begins text `text` where no other one is, at best where the most of its prompt is known; what is known elsewhere of it is copied, the rest computed. */
+static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, int *begun)
+{
+    llmpar__session *s = &g->session;
+    const llmpar_generate_desc *desc = &g->texts[text];
+    int64_t to = -1, from = 0, shared = -1, most = -1;
+    for (int64_t i = 0; i < s->slots; i++) {
+        const int32_t *ids = s->host_ids + i * s->capacity;
+        int64_t same = 0;
+        while (same < g->slots[i].known && same < desc->prompt_count - 1 && ids[same] == desc->prompt[same]) same++; /* the last id gives the logits */
+        if (same > most) {
+            most = same;
+            from = i;
+        }
+        if (g->slots[i].text < 0 && (same > shared || (same == shared && g->slots[i].known < g->slots[to].known))) {
+            shared = same;
+            to = i;
+        }
+    }
+    *begun = to >= 0;
+    if (to < 0) return LLMPAR_OK;
+    llmpar__slot *t = &g->slots[to];
+    size_t id = (size_t)(s->s.k * s->s.e) * s->s.size; /* bytes of its k, or v */
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t part = 0; part < 2 * s->model->config.layers && most > shared && !status; part++) {
+        size_t at = (size_t)(part % 2 * s->capacity + shared) * id;
+        status = s->device->copy(s->device, s->stream, llmpar__session_cache(s, to, part / 2) + at, llmpar__session_cache(s, from, part / 2) + at, (size_t)(most - shared) * id);
+    }
+    if (!status) status = llmpar__session_take(s, to, shared, desc->prompt + shared, desc->prompt_count - shared);
+    t->known = most;
+    t->text = text;
+    t->made = 0;
+    t->rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
+    int64_t last = 0;
+    while (!status && t->known < desc->prompt_count) {
+        const llmpar__span span = { to, t->known, desc->prompt_count - t->known < s->rows ? desc->prompt_count - t->known : s->rows };
+        s->spans[0] = span;
+        status = llmpar__session_forward(s, 1);
+        t->known += span.count;
+        last = span.count - 1;
+    }
+    if (!status) status = llmpar__session_head(s, last, 1);
+    return status ? status : llmpar__generator_next(g, to, 0);
+}
+
+/* One more id of each text that has begun; *rows: how many these are. */
+static llmpar_status llmpar__generator_step(llmpar_generator *g, int32_t *rows)
+{
+    llmpar__session *s = &g->session;
+    *rows = 0;
+    for (int64_t i = 0; i < s->slots; i++) {
+        const llmpar__span span = { i, g->slots[i].known, 1 };
+        if (g->slots[i].text >= 0) s->spans[(*rows)++] = span;
+    }
+    llmpar_status status = *rows ? llmpar__session_forward(s, *rows) : LLMPAR_OK;
+    if (!status && *rows) status = llmpar__session_head(s, 0, *rows);
+    for (int32_t i = 0; i < *rows && !status; i++) {
+        g->slots[s->spans[i].slot].known++;
+        status = llmpar__generator_next(g, s->spans[i].slot, i);
+    }
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generator_desc *desc, llmpar_generator **out)
 {
     *out = NULL;
     LLMPAR__NEED(model && fsdp, NULL);
+    if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
+    int64_t positions = desc->positions ? desc->positions : model->positions;
+    int32_t texts = desc->texts ? desc->texts : 1;
     if (positions < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at least 1", (long long)positions);
-    if (!positions) positions = model->positions;
+    if (texts < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %d texts at once, expected at least 1", (int)texts);
     if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
     llmpar_generator *g = (llmpar_generator *)llmpar_heap_alloc(&model->ctx->heap, 1, sizeof *g);
     if (!g) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
-    llmpar_status status = llmpar__generator_open(model, fsdp, positions, positions, 1, g);
+    llmpar_status status = llmpar__generator_open(model, fsdp, positions, texts, positions, 1, g);
     if (!status) *out = g;
     else {
         llmpar__generator_close(g, status);
@@ -12632,40 +12802,29 @@ LLMPAR_DEF llmpar_status llmpar_generator_destroy(llmpar_generator *g)
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_generate_desc *texts, int32_t count, int32_t *const *ids, int32_t *counts)
 {
-    *count = 0;
+    if (count > 0) memset(counts, 0, (size_t)count * sizeof *counts);
     LLMPAR__NEED(g, NULL);
     llmpar__session *s = &g->session;
-    llmpar_ctx *ctx = s->model->ctx;
-    const llmpar_llama_config *c = &s->model->config;
-    int64_t tokens, position = 0, last = 0;
-    llmpar_status status = llmpar__generate_check(s->model, desc, &tokens);
+    llmpar_status status = llmpar__generate_check(s->model, texts, count, s->capacity);
     if (status) return status;
-    if (desc->prompt_count + tokens - 1 > s->capacity) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids and %lld tokens, expected room for all but the last in the generator's %lld positions", (int)desc->prompt_count, (long long)tokens, (long long)s->capacity);
-    llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
-    while (position < g->known && position < desc->prompt_count - 1 && s->host_ids[position] == desc->prompt[position]) position++;
-    while (!status && position < desc->prompt_count) {
-        int64_t n = desc->prompt_count - position < s->rows ? desc->prompt_count - position : s->rows;
-        status = llmpar__session_forward(s, desc->prompt + position, position, n);
-        position += n;
-        last = n - 1;
+    g->texts = texts;
+    g->ids = ids;
+    g->counts = counts;
+    g->stopped = 0;
+    for (int64_t i = 0; i < s->slots; i++) g->slots[i].text = -1;
+    int32_t next = 0, rows = 1;
+    while (!status && (next < count || rows)) {
+        int begun = 1;
+        while (!status && next < count && begun) {
+            status = llmpar__generator_begin(g, next, &begun);
+            next += begun;
+        }
+        if (!status) status = llmpar__generator_step(g, &rows);
     }
-    for (int64_t i = 0; i < tokens && !status; i++) {
-        status = llmpar__session_head(s, last, 1);
-        int32_t id = status ? 0 : llmpar__sample_greedy(s->host, c->vocab);
-        if (id < 0) status = llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
-        if (status) break;
-        g->known = position;
-        if (desc->temperature != 0) id = llmpar__sample_nucleus(s->host, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), g->order);
-        ids[(*count)++] = id;
-        if (desc->on_token && (status = desc->on_token(desc->user, id)) != LLMPAR_OK) return status; /* the text ends; nothing has failed here */
-        if (i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
-        status = llmpar__session_forward(s, ids + *count - 1, position++, 1);
-        last = 0;
-    }
-    if (status) { /* the cache is in doubt, and the stream may yet read ids */
-        g->known = 0;
+    if (status && !g->stopped) { /* the cache is in doubt, and the stream may yet read ids */
+        for (int64_t i = 0; i < s->slots; i++) g->slots[i].known = 0;
         s->device->synchronize(s->device, s->stream);
     }
     return status;
@@ -12674,14 +12833,14 @@ LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_
 LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
 {
     llmpar_generator g;
-    int64_t tokens;
     *count = 0;
     LLMPAR__NEED(model && fsdp, NULL);
-    llmpar_status status = llmpar__generate_check(model, desc, &tokens);
+    llmpar_status status = llmpar__generate_check(model, desc, 1, INT64_MAX);
     if (status) return status;
     if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
-    status = llmpar__generator_open(model, fsdp, desc->prompt_count, desc->prompt_count + tokens - 1, tokens >= LLMPAR__SESSION_MANY, &g);
-    if (!status) status = llmpar_generator_run(&g, desc, ids, count);
+    int32_t tokens = llmpar__generate_tokens(desc);
+    status = llmpar__generator_open(model, fsdp, desc->prompt_count, 1, (int64_t)desc->prompt_count + tokens - 1, tokens >= LLMPAR__SESSION_MANY, &g);
+    if (!status) status = llmpar_generator_run(&g, desc, 1, &ids, count);
     return llmpar__generator_close(&g, status);
 }
 

@@ -3,7 +3,7 @@
    Weights have interleaved rows, as while text is generated; `rows`: they lie as in training, as for short texts.
 
      bench_generate [--json FILE] [products|rows [ROWS N K DTYPE THREADS]]
-     bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--profile]
+     bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--texts N] [--profile]
      bench_generate tokens --model M --dtype D --layout 1x1[tN] [--prompt N] [--tokens N] --serve     for bench/peers/generate.py */
 #include "llmpar.h"
 
@@ -137,7 +137,7 @@ static void products(bench_results *results, int argc, char **argv)
 
 /* ---- whole tokens ---- */
 
-enum { MOST_TOKENS = 64, MOST_RANKS = 8, MOST_KINDS = 24, PROMPTS = 7 /* readings of a prompt of more than 16 */ };
+enum { MOST_TOKENS = 64, MOST_RANKS = 8, MOST_KINDS = 24, MOST_TEXTS = 16, PROMPTS = 7 /* readings of a prompt of more than 16 */ };
 
 typedef struct kind { const char *name; long calls; double seconds; } kind;
 
@@ -147,7 +147,7 @@ typedef struct rank {
     double prompt[PROMPTS], prompt_peak[PROMPTS];                /* seconds, and the peak during them */
     double seconds[MOST_TOKENS], bound[MOST_TOKENS + 1];         /* a token's; reading around it */
     double peak, sampled;                                        /* during the prompt: sum of the samples; seconds that they took */
-    double turning;                                              /* behind the prompt: weights become streams */
+    double turning;                                              /* weights become streams */
     int tokens, samples, prompts;
     kind kinds[MOST_KINDS];
 } rank;
@@ -156,7 +156,7 @@ typedef struct generation {
     llmpar_llama_config config;
     const char *model, *level;
     llmpar_dtype dtype;
-    int ranks, threads, prompt, tokens, profile, serve;
+    int ranks, threads, prompt, tokens, texts, profile, serve;
     enum bench_kind peak;
     rank rank[MOST_RANKS];
 } generation;
@@ -182,7 +182,7 @@ static void sample(void)
 {
     bench_fma_of of;
     double start = bench_now();
-    if (self->tokens || self->samples >= 60) return;
+    if (self->tokens || self->samples >= 60 || self->prompts == PROMPTS || job->texts > 1) return;
     of.kind = job->peak;
     of.threads = job->threads;
     self->peak += bench_fma(&of);
@@ -223,13 +223,14 @@ static llmpar_status generate_token(void *user, int32_t id)
     double now = bench_now();
     (void)user;
     (void)id;
-    if (self->tokens == 0) { /* the prompt and its first token */
-        self->prompt[self->prompts] = now - self->before - self->sampled - self->turning;
+    if (self->tokens == 0 && job->texts == 1 && job->prompt > 16 && self->prompts < PROMPTS) { /* a prompt and its one token */
+        self->prompt[self->prompts] = now - self->before - self->sampled;
         self->prompt_peak[self->prompts++] = self->samples ? self->peak / self->samples : 0;
         self->before = self->peak = self->sampled = 0;
         self->samples = 0;
-        if (self->prompts < PROMPTS && job->prompt > 16) return LLMPAR_OK;
-    } else self->seconds[self->tokens - 1] = now - self->after;
+        return LLMPAR_OK;
+    }
+    if (self->tokens > 0) self->seconds[self->tokens - 1] = now - self->after;
     self->bound[self->tokens++] = bench_read(&self->memory);
     self->after = bench_now();
     return LLMPAR_OK;
@@ -254,8 +255,9 @@ static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_genera
     char line[100];
     const char *ready = "ready ";
     reply r;
+    llmpar_generator_desc wanted = { desc->prompt_count + desc->tokens, 1 };
     llmpar_generator *generator;
-    llmpar_status status = llmpar_generator_create(model, fsdp, desc->prompt_count + desc->tokens, &generator);
+    llmpar_status status = llmpar_generator_create(model, fsdp, &wanted, &generator);
     desc->on_token = reply_token;
     desc->user = &r;
     while (!status) {
@@ -263,7 +265,7 @@ static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_genera
         int32_t made = 0;
         r.tokens = 0;
         prompt[0] = (prompt[0] + 1) % llmpar_llama_get_config(model)->vocab;
-        status = llmpar_generator_run(generator, desc, ids, &made);
+        status = llmpar_generator_run(generator, desc, 1, &ids, &made);
         if (status) break;
         for (int i = 0; i + 1 < r.tokens; i++) seconds[i] = r.at[i + 1] - r.at[i];
         printf("%s%.6f %.6f %.6f\n", ready, r.at[0] - start, bench_median(seconds, r.tokens - 1), bench_now() - start);
@@ -272,6 +274,28 @@ static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_genera
         if (!fgets(line, sizeof line, stdin) || strncmp(line, "step", 4)) break;
     }
     llmpar_status end = llmpar_generator_destroy(generator);
+    return status ? status : end;
+}
+
+/* Texts at once, of as many prompts that have nothing in common; each step is the last one's token. */
+static llmpar_status together(llmpar_llama *model, llmpar_fsdp *fsdp, const generation *g, const llmpar_generate_desc *desc)
+{
+    llmpar_generator_desc wanted = { g->prompt + g->tokens, g->texts };
+    llmpar_generate_desc texts[MOST_TEXTS];
+    llmpar_generator *generator = NULL;
+    int32_t *prompts = (int32_t *)malloc((size_t)(g->texts * g->prompt) * sizeof *prompts), room[MOST_TEXTS][MOST_TOKENS], *ids[MOST_TEXTS], made[MOST_TEXTS];
+    llmpar_status status = prompts ? llmpar_generator_create(model, fsdp, &wanted, &generator) : LLMPAR_ERR_MEMORY;
+    for (int i = 0; i < g->texts && prompts; i++) {
+        memcpy(prompts + i * g->prompt, desc->prompt, (size_t)g->prompt * sizeof *prompts);
+        prompts[i * g->prompt] = i;
+        texts[i] = *desc;
+        texts[i].prompt = prompts + i * g->prompt;
+        if (i + 1 < g->texts) texts[i].on_token = NULL;
+        ids[i] = room[i];
+    }
+    if (!status) status = llmpar_generator_run(generator, texts, g->texts, ids, made);
+    llmpar_status end = llmpar_generator_destroy(generator);
+    free(prompts);
     return status ? status : end;
 }
 
@@ -320,10 +344,12 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
     desc.on_token = generate_token;
-    for (int i = 0; i < (g->prompt > 16 ? PROMPTS : 1) && !status; i++) {
-        desc.tokens = i + 1 < PROMPTS && g->prompt > 16 ? 1 : g->tokens;
+    for (int i = 0; i < PROMPTS && g->prompt > 16 && g->texts == 1 && !status; i++) {
+        desc.tokens = 1;
         status = llmpar_llama_generate(model, fsdp, &desc, ids, &made);
     }
+    desc.tokens = g->tokens;
+    if (!status) status = g->texts > 1 ? together(model, fsdp, g, &desc) : llmpar_llama_generate(model, fsdp, &desc, ids, &made);
 #define SLOT(name) ctx->device->name = real.name;
     SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
@@ -356,16 +382,18 @@ static void generate(bench_results *results, generation *g)
     if (g->ranks > 1) snprintf(layout, sizeof layout, "tp %d", g->ranks);
     else snprintf(layout, sizeof layout, "%d thread%s", g->threads, g->threads > 1 ? "s" : "");
     /* each weight is read once a token, and the cache up to the token's own position */
-    for (int i = 0; i + 1 < r->tokens; i++) work[i] = (block * c->layers + head + 2 * kv * c->layers * (g->prompt + i + 1)) * size / r->seconds[i];
+    for (int i = 0; i + 1 < r->tokens; i++) work[i] = (block * c->layers + head + 2 * kv * c->layers * (g->prompt + i + 1) * g->texts) * size / r->seconds[i];
     for (int i = 0; i < r->tokens; i++) {
         bound[i] = 0;
         for (int k = 0; k < g->ranks; k++) bound[i] += g->rank[k].bound[i];
     }
     snprintf(name, sizeof name, "%s %s, %s: tokens after %d", g->model, llmpar_dtype_name(g->dtype), layout, g->prompt);
+    if (g->texts > 1) snprintf(name + strlen(name), sizeof name - strlen(name), ", %d texts", g->texts);
     double seconds = bench_median(r->seconds, r->tokens - 1);
-    bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs_of(work, bound, r->tokens - 1), 0.85);
+    bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs_of(work, bound, r->tokens - 1), g->texts > 1 ? 0 : 0.85);
     snprintf(name, sizeof name, "%s %s, %s: tokens a second", g->model, llmpar_dtype_name(g->dtype), layout);
-    bench_value(results, name, "1/s", 1 / seconds);
+    if (g->texts > 1) snprintf(name + strlen(name), sizeof name - strlen(name), ", %d texts", g->texts);
+    bench_value(results, name, "1/s", g->texts / seconds);
     snprintf(name, sizeof name, "%s %s, %s: weights into streams and back, tokens", g->model, llmpar_dtype_name(g->dtype), layout);
     if (r->turning > 0) bench_value(results, name, "", 2 * r->turning / seconds);
     if (g->profile) {
@@ -375,7 +403,7 @@ static void generate(bench_results *results, generation *g)
     }
     /* the last row alone meets the head; attention is causal */
     flops = 2 * block * c->layers * g->prompt + 2 * head + 2 * heads * c->layers * (double)g->prompt * (g->prompt + 1.0);
-    if (g->prompt > 16) {
+    if (g->prompt > 16 && g->texts == 1) {
         for (int i = 0; i < PROMPTS; i++) {
             peak[i] = 0;
             for (int k = 0; k < g->ranks; k++) peak[i] += g->rank[k].prompt_peak[i];
@@ -404,9 +432,11 @@ static void options(int argc, char **argv, generation *g, const char **model, co
         else if (!strcmp(name, "--level")) g->level = value;
         else if (!strcmp(name, "--prompt")) g->prompt = atoi(value);
         else if (!strcmp(name, "--tokens")) g->tokens = atoi(value);
+        else if (!strcmp(name, "--texts")) g->texts = atoi(value);
         else { fprintf(stderr, "bench_generate: unexpected argument \"%s\"\n", name); exit(2); }
         i++;
     }
+    if (g->texts < 1 || g->texts > MOST_TEXTS || (g->serve && g->texts > 1)) { fprintf(stderr, "bench_generate: expected 1 to %d texts, and 1 with --serve\n", (int)MOST_TEXTS); exit(2); }
     if (g->tokens < 3 || g->tokens > MOST_TOKENS || g->prompt < 1) { fprintf(stderr, "bench_generate: expected 3 to %d tokens and a prompt of at least 1\n", (int)MOST_TOKENS); exit(2); }
 }
 
@@ -443,6 +473,7 @@ int main(int argc, char **argv)
     if (!what || strcmp(what, "tokens")) products(&results, what ? argc - 2 : 0, argv + 2);
     if (what && strcmp(what, "tokens")) { bench_close(&results); return 0; }
     g.prompt = 256;
+    g.texts = 1;
     g.tokens = 40;
     g.level = llmpar_cpu_level_name(llmpar_cpu_best_level());
     options(argc - (what ? 2 : 1), argv + (what ? 2 : 1), &g, &model, &dtype, &layout);

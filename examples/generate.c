@@ -24,7 +24,7 @@ typedef struct settings {
     prompt *prompts;   /* [prompt_count], each the beginning of a text */
     int prompt_count;
     int32_t longest;   /* ids of a prompt */
-    long tp, tokens, threads;
+    long tp, tokens, threads, at_once;
     unsigned long seed;
     double temperature, top_p;
     int print_ids, bytes /* prompts are text */, pin;
@@ -38,11 +38,12 @@ static void usage(void)
          "  --model DIR         Hugging Face directory (config.json, model.safetensors)\n"
          "  --prompt TEXT       prompt; its bytes are the tokens, for models with vocabulary 256\n"
          "  --prompt-ids LIST   prompt as token ids, comma-separated\n"
-         "                      either may be given many times: each is a text of its own; what one begins with as the one before did is not computed again\n"
+         "                      either may be given many times: each begins a text of its own\n"
          "  --tokens N          tokens to generate at most (default 128)\n"
          "  --temperature X     0 = greedy (default 0)\n"
          "  --top-p X           nucleus sampling, 0 < X <= 1 (default 1: off)\n"
-         "  --seed N            of sampling (default 0)\n"
+         "  --seed N            of sampling (default 0); the next text takes the next number\n"
+         "  --at-once N         texts generated at once; each takes a cache, all read the weights together (default: all prompts, at most 16; same ids)\n"
          "  --tp N              tensor-parallel ranks (default 1)\n"
          "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
          "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
@@ -52,12 +53,51 @@ static void usage(void)
          "  --help");
 }
 
+static void print_byte(int32_t id)
+{
+    putchar(id < 256 ? id : '?');
+}
+
 static llmpar_status on_token(void *user, int32_t id)
 {
     (void)user;
-    putchar(id < 256 ? id : '?');
+    print_byte(id);
     fflush(stdout);
     return LLMPAR_OK;
+}
+
+/* A text that is alone is shown id by id as it grows, several when all are there. */
+static llmpar_status generate_texts(llmpar_ctx *ctx, const settings *s, llmpar_generator *generator, int as_ids)
+{
+    llmpar_generate_desc *texts = (llmpar_generate_desc *)calloc((size_t)s->prompt_count, sizeof *texts);
+    int32_t *all = (int32_t *)malloc((size_t)s->prompt_count * (size_t)s->tokens * sizeof *all), **ids = (int32_t **)malloc((size_t)s->prompt_count * sizeof *ids), *counts = (int32_t *)malloc((size_t)s->prompt_count * sizeof *counts);
+    int shows = ctx->rank == 0 && !as_ids && s->prompt_count == 1;
+    llmpar_status status = texts && all && ids && counts ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory");
+    for (int p = 0; p < s->prompt_count && !status; p++) {
+        ids[p] = all + (size_t)p * (size_t)s->tokens;
+        texts[p].prompt = s->prompts[p].ids;
+        texts[p].prompt_count = s->prompts[p].count;
+        texts[p].tokens = (int32_t)s->tokens;
+        texts[p].temperature = s->temperature;
+        texts[p].top_p = s->top_p;
+        texts[p].seed = s->seed + (unsigned long)p;
+        texts[p].stop_at_eos = !s->print_ids; /* with --ids exactly --tokens ids are wanted */
+        texts[p].on_token = shows ? on_token : NULL;
+    }
+    if (!status && shows && s->bytes) printf("%s", s->prompts[0].given);
+    if (!status) status = llmpar_generator_run(generator, texts, s->prompt_count, ids, counts);
+    for (int p = 0; p < s->prompt_count && !status && ctx->rank == 0; p++) {
+        const prompt *prompt = &s->prompts[p];
+        if (!as_ids && !shows && s->bytes) printf("%s", prompt->given);
+        for (int32_t i = 0; i < counts[p] && !as_ids && !shows; i++) print_byte(ids[p][i]);
+        for (int32_t i = 0; i < prompt->count + counts[p] && as_ids; i++) printf("%s%d", i ? " " : "", (int)(i < prompt->count ? prompt->ids[i] : ids[p][i - prompt->count]));
+        printf("\n");
+    }
+    free(texts);
+    free(all);
+    free(ids);
+    free(counts);
+    return status;
 }
 
 static llmpar_status generate(llmpar_ctx *ctx, void *user)
@@ -71,12 +111,11 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     llmpar_llama_desc model_desc;
     llmpar_trainer_desc trainer_desc;
     llmpar_generator *generator = NULL;
-    llmpar_generate_desc desc;
-    int32_t *ids = NULL, count = 0;
+    llmpar_generator_desc generator_desc;
     memset(&mesh_desc, 0, sizeof mesh_desc);
     memset(&model_desc, 0, sizeof model_desc);
     memset(&trainer_desc, 0, sizeof trainer_desc);
-    memset(&desc, 0, sizeof desc);
+    memset(&generator_desc, 0, sizeof generator_desc);
     memset(&config, 0, sizeof config);
     mesh_desc.tp = (int32_t)s->tp;
     model_desc.config = &config;
@@ -90,28 +129,11 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
     if (!status) status = llmpar_parallelize(mesh, model, &trainer_desc, &trainer);
     if (!status) status = llmpar_load_hf(trainer, s->model);
-    if (!status && !(ids = (int32_t *)malloc((size_t)s->tokens * sizeof *ids))) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory");
-    if (!status) status = llmpar_generator_create(model, llmpar_trainer_fsdp(trainer), 0, &generator);
-    desc.tokens = (int32_t)s->tokens;
-    desc.temperature = s->temperature;
-    desc.top_p = s->top_p;
-    desc.seed = s->seed;
-    desc.stop_at_eos = !s->print_ids; /* with --ids exactly --tokens ids are wanted */
-    int as_ids = s->print_ids || (!s->bytes && config.vocab != 256); /* whose prompt is text has a model of bytes, however many ids it knows */
-    if (ctx->rank == 0 && !as_ids) desc.on_token = on_token;
-    for (int p = 0; p < s->prompt_count && !status; p++) {
-        const prompt *prompt = &s->prompts[p];
-        desc.prompt = prompt->ids;
-        desc.prompt_count = prompt->count;
-        if (ctx->rank == 0 && s->bytes && !as_ids) printf("%s", prompt->given);
-        status = llmpar_generator_run(generator, &desc, ids, &count);
-        if (!status && ctx->rank == 0 && as_ids)
-            for (int32_t i = 0; i < prompt->count + count; i++) printf("%s%d", i ? " " : "", (int)(i < prompt->count ? prompt->ids[i] : ids[i - prompt->count]));
-        if (!status && ctx->rank == 0) printf("\n");
-    }
+    generator_desc.texts = (int32_t)(s->at_once ? s->at_once : s->prompt_count < 16 ? s->prompt_count : 16);
+    if (!status) status = llmpar_generator_create(model, llmpar_trainer_fsdp(trainer), &generator_desc, &generator);
+    if (!status) status = generate_texts(ctx, s, generator, s->print_ids || (!s->bytes && config.vocab != 256)); /* whose prompt is text has a model of bytes, however many ids it knows */
     llmpar_status end = llmpar_generator_destroy(generator);
     if (!status) status = end;
-    free(ids);
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(model);
     llmpar_mesh_destroy(mesh);
@@ -151,7 +173,7 @@ static void free_prompts(settings *s)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {{"model", 1, 0, 'm'}, {"prompt", 1, 0, 'p'}, {"prompt-ids", 1, 0, 'i'}, {"tokens", 1, 0, 'n'}, {"temperature", 1, 0, 't'}, {"top-p", 1, 0, 'q'},
-                                            {"seed", 1, 0, 's'},  {"tp", 1, 0, 'T'},     {"threads", 1, 0, 'w'},    {"pin", 1, 0, 'N'}, {"ids", 0, 0, 'I'},    {"dtype", 1, 0, 'D'},
+                                            {"seed", 1, 0, 's'},  {"tp", 1, 0, 'T'}, {"at-once", 1, 0, 'a'},     {"threads", 1, 0, 'w'},    {"pin", 1, 0, 'N'}, {"ids", 0, 0, 'I'},    {"dtype", 1, 0, 'D'},
                                             DEVICE_OPTIONS,       {"help", 0, 0, 'h'},   {0, 0, 0, 0}};
     static const char *const pins[] = {"auto", "on", "off"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"};
     static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
@@ -169,6 +191,7 @@ int main(int argc, char **argv)
         case 't': bad = option_double("--temperature", optarg, 0, 1000, &s.temperature); break;
         case 'q': bad = option_double("--top-p", optarg, 1e-9, 1, &s.top_p); break;
         case 's': bad = option_seed("--seed", optarg, &s.seed); break;
+        case 'a': bad = option_long("--at-once", optarg, 1, MOST_PROMPTS, &s.at_once); break;
         case 'T': bad = option_long("--tp", optarg, 1, 4096, &s.tp); break;
         case 'w': bad = option_long("--threads", optarg, 1, 256, &s.threads); break;
         case 'N': bad = option_word("--pin", optarg, pins, 3, &s.pin); break;

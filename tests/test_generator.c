@@ -1,4 +1,4 @@
-/* Many texts of one generator: the ids and the logits that each gives alone, on every mesh, though nothing is computed twice; and the parameters are lent until it goes, and then what they were. */
+/* Many texts of one generator, one by one and at once: the ids and the logits that each gives alone, on every mesh, though nothing is computed twice; and the parameters are lent until it goes, and then what they were. */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE 1
 #endif
@@ -6,21 +6,23 @@
 
 #include <unistd.h>
 
-enum { POSITIONS = 64, LONG = 1100, TEXTS = 8 };
+enum { POSITIONS = 64, LONG = 1100, TEXTS = 8, ROWS = 16 };
 static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
 
 /* What went through a rank's device. */
-static __thread struct watched { llmpar_device real; int64_t rows; int products, product_fails, turned, back, turn_fails, tokens, token_fails; uint64_t last, logits; } watched;
+static __thread struct watched { llmpar_device real; int64_t rows; int products, product_fails, turned, back, turn_fails, tokens, token_fails, row; uint64_t last[ROWS]; /* of the first rows of the last product */ } watched;
 
 static llmpar_status planted(llmpar_device *device) { return llmpar_error_set(device->error, LLMPAR_ERR_IO, "planted"); }
 static llmpar_status watched_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
 {
     if (++watched.products == watched.product_fails) return planted(device);
     llmpar_status status = watched.real.gemm(device, stream, args);
-    size_t row = (size_t)args->n * llmpar_dtype_size(args->out_dtype);
-    const unsigned char *c = (const unsigned char *)args->c + (size_t)(args->m - 1) * (size_t)args->ldc * llmpar_dtype_size(args->out_dtype);
-    watched.last = 0;
-    for (size_t i = 0; i < row && !status; i++) watched.last = (watched.last ^ c[i]) * 0x100000001b3u;
+    size_t bytes = (size_t)args->n * llmpar_dtype_size(args->out_dtype), ld = (size_t)args->ldc * llmpar_dtype_size(args->out_dtype);
+    watched.row = 0;
+    for (int64_t r = 0; r < args->m && r < ROWS && !status; r++) {
+        watched.last[r] = 0;
+        for (size_t i = 0; i < bytes; i++) watched.last[r] = (watched.last[r] ^ ((const unsigned char *)args->c)[(size_t)r * ld + i]) * 0x100000001b3u;
+    }
     return status;
 }
 static llmpar_status watched_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args)
@@ -36,9 +38,9 @@ static llmpar_status watched_interleave(llmpar_device *device, llmpar_stream *st
 }
 static llmpar_status watched_token(void *user, int32_t id)
 {
-    (void)user;
+    uint64_t *logits = (uint64_t *)user;
     (void)id;
-    watched.logits = watched.logits * 31 + watched.last; /* the head's product was the last one */
+    *logits = *logits * 31 + watched.last[watched.row++]; /* the head's product was the last one, a row for each text that goes on */
     return ++watched.tokens == watched.token_fails ? LLMPAR_ERR_IO : LLMPAR_OK;
 }
 static void watch_again(void)
@@ -48,10 +50,10 @@ static void watch_again(void)
     watched.real = real;
 }
 
-typedef struct text { int32_t prompt_count, tokens, seed /* 0: greedy */, shared /* ids whose keys are kept from before */; int32_t prompt[LONG], ids[LONG], count; uint64_t logits; } text;
+typedef struct text { int32_t prompt_count, tokens, seed /* 0: greedy */, shared /* ids whose keys are kept from before */; int32_t prompt[LONG], ids[LONG], count; uint64_t logits, heard; } text;
 typedef struct talk { const char *name; int32_t positions; int known /* what the first mesh said */; text texts[TEXTS]; } talk;
 
-static void describe(const text *x, llmpar_generate_desc *desc)
+static void describe(text *x, llmpar_generate_desc *desc)
 {
     memset(desc, 0, sizeof *desc);
     desc->prompt = x->prompt;
@@ -61,6 +63,8 @@ static void describe(const text *x, llmpar_generate_desc *desc)
     desc->top_p = x->seed > 1 ? 0.9 : 0;
     desc->seed = (uint64_t)x->seed;
     desc->on_token = watched_token;
+    desc->user = &x->heard;
+    x->heard = 0;
 }
 
 /* The text as one that stands alone. */
@@ -70,7 +74,7 @@ static llmpar_status alone(session *s, text *x)
     watch_again();
     describe(x, &desc);
     llmpar_status status = llmpar_llama_generate(s->model, s->fsdp, &desc, x->ids, &x->count);
-    x->logits = watched.logits;
+    x->logits = x->heard;
     return status;
 }
 
@@ -126,9 +130,10 @@ static llmpar_status write_texts(session *s, text *texts, int32_t positions)
         llmpar_error_clear(&s->ctx->error); \
     } while (0)
 /* Nobody else gets at the weights. */
-static void all_refused(session *s, const text *x)
+static void all_refused(session *s, text *x)
 {
     llmpar_generate_desc desc;
+    llmpar_generator_desc generator;
     llmpar_generator *second = NULL;
     int32_t ids[POSITIONS], count;
     void *const *params = NULL;
@@ -136,7 +141,8 @@ static void all_refused(session *s, const text *x)
     char where[80];
     describe(x, &desc);
     desc.tokens = 1;
-    LENT(llmpar_generator_create(s->model, s->fsdp, 0, &second));
+    memset(&generator, 0, sizeof generator);
+    LENT(llmpar_generator_create(s->model, s->fsdp, &generator, &second));
     CHECK(second == NULL);
     LENT(llmpar_llama_generate(s->model, s->fsdp, &desc, ids, &count));
     LENT(llmpar_llama_logits(s->model, s->fsdp, x->prompt, 1, logits));
@@ -158,15 +164,15 @@ static void all_refused(session *s, const text *x)
 }
 
 /* What the generator makes of x must be what x is alone; it computes only what it must. */
-static llmpar_status again(const talk *t, llmpar_generator *g, const session *s, const text *x, int64_t rows, const char *what)
+static llmpar_status again(const talk *t, llmpar_generator *g, const session *s, text *x, int64_t rows, const char *what)
 {
     int32_t *ids = (int32_t *)take(LONG, sizeof *ids), count = -1, layers = llmpar_llama_get_config(s->model)->layers;
     llmpar_generate_desc desc;
     watch_again();
     describe(x, &desc);
-    llmpar_status status = llmpar_generator_run(g, &desc, ids, &count);
+    llmpar_status status = llmpar_generator_run(g, &desc, 1, &ids, &count);
     if (count != x->count || memcmp(ids, x->ids, (size_t)count * sizeof *ids)) TEST_FAIL("%s, rank %d, %s: other ids than alone", t->name, s->ctx->rank, what);
-    if (watched.logits != x->logits) TEST_FAIL("%s, rank %d, %s: other logits than alone", t->name, s->ctx->rank, what);
+    if (x->heard != x->logits) TEST_FAIL("%s, rank %d, %s: other logits than alone", t->name, s->ctx->rank, what);
     if (watched.rows != rows * layers) TEST_FAIL("%s, rank %d, %s: %lld rows, expected %lld", t->name, s->ctx->rank, what, (long long)(watched.rows / layers), (long long)rows);
     CHECK_INT(watched.turned + watched.back, 0);
     free(ids);
@@ -187,19 +193,84 @@ static uint64_t shards(session *s)
     return hash;
 }
 
+/* All at once, in so many places. */
+static llmpar_status at_once(const talk *t, session *s, text *x, int32_t places)
+{
+    enum { SAMPLES = 5 };
+    llmpar_generator_desc generator = { t->positions, places };
+    llmpar_generate_desc desc[TEXTS];
+    llmpar_generator *g = NULL;
+    int32_t *ids[TEXTS], count[TEXTS];
+    text *samples = (text *)take(SAMPLES, sizeof *samples);
+    llmpar_status status = LLMPAR_OK;
+    int64_t rows = x[0].prompt_count;
+    for (int i = 0; i < TEXTS; i++) ids[i] = (int32_t *)take(LONG, sizeof *ids[i]);
+    for (int i = 0; i < SAMPLES && !status; i++) { /* one prompt and other luck: it is computed once, but for its last id, which gives the logits */
+        memcpy(&samples[i], &x[0], sizeof *x);
+        samples[i].seed = i + 2;
+        samples[i].tokens = x[0].tokens - i;
+        rows += (i > 0) + samples[i].tokens - 1;
+        status = alone(s, &samples[i]);
+    }
+    if (!status) status = llmpar_generator_create(s->model, s->fsdp, &generator, &g);
+    for (int round = 0; round < 3 && !status; round++) {
+        text *all = round ? x : samples;
+        int texts = round ? TEXTS : SAMPLES;
+        for (int i = 0; i < texts; i++) describe(&all[i], &desc[i]);
+        watch_again();
+        status = llmpar_generator_run(g, desc, texts, ids, count);
+        for (int i = 0; i < texts && !status; i++) {
+            if (count[i] != all[i].count || memcmp(ids[i], all[i].ids, (size_t)count[i] * sizeof *ids[i])) TEST_FAIL("%s, rank %d, round %d, text %d of %d places: other ids than alone", t->name, s->ctx->rank, round, i, places);
+            if (all[i].heard != all[i].logits) TEST_FAIL("%s, rank %d, round %d, text %d of %d places: other logits than alone", t->name, s->ctx->rank, round, i, places);
+        }
+        int64_t layers = llmpar_llama_get_config(s->model)->layers;
+        if (!round && watched.rows != rows * layers) TEST_FAIL("%s, rank %d, %d places: %lld rows for samples of one prompt, expected %lld", t->name, s->ctx->rank, places, (long long)(watched.rows / layers), (long long)rows);
+    }
+    /* the caller ends it: all texts are what they were until then, and the next ones are as ever */
+    for (int i = 0; i < TEXTS; i++) describe(&x[i], &desc[i]);
+    watch_again();
+    watched.token_fails = 12;
+    CHECK_STATUS(llmpar_generator_run(g, desc, TEXTS, ids, count), LLMPAR_ERR_IO);
+    int32_t all = 0;
+    for (int i = 0; i < TEXTS; all += count[i++]) CHECK_BYTES(ids[i], x[i].ids, (size_t)count[i] * sizeof *ids[i]);
+    CHECK_INT(all, 12);
+    /* one of them is wrong: nothing is done, and it is named */
+    desc[3].temperature = -1;
+    CHECK_STATUS(llmpar_generator_run(g, desc, TEXTS, ids, count), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(s->ctx->error.text, "generation of text 3: temperature = -1");
+    llmpar_error_clear(&s->ctx->error);
+    for (int i = 0; i < TEXTS; i++) CHECK_INT(count[i], 0);
+    describe(&x[3], &desc[3]);
+    /* a product fails */
+    watch_again();
+    watched.product_fails = 150;
+    CHECK_STATUS(llmpar_generator_run(g, desc, TEXTS, ids, count), LLMPAR_ERR_IO);
+    llmpar_error_clear(&s->ctx->error);
+    for (int i = 0; i < TEXTS; i++) describe(&x[i], &desc[i]);
+    watch_again();
+    if (!status) status = llmpar_generator_run(g, desc, TEXTS, ids, count);
+    for (int i = 0; i < TEXTS && !status; i++) CHECK(count[i] == x[i].count && x[i].heard == x[i].logits);
+    CHECK_OK(llmpar_generator_run(g, desc, 0, ids, count));
+    CHECK_OK(llmpar_generator_destroy(g));
+    for (int i = 0; i < TEXTS; i++) free(ids[i]);
+    free(samples);
+    return status;
+}
+
 static llmpar_status talk_steps(session *s, talk *t)
 {
     llmpar_generator *g = NULL;
     llmpar_generate_desc desc;
+    llmpar_generator_desc generator = { t->positions, 0 };
     llmpar_arena_usage usage[2];
     text *x = (text *)take(TEXTS, sizeof *x);
-    int32_t ids[POSITIONS], count = -1;
+    int32_t room[POSITIONS], *ids = room, count = -1;
     int streams = llmpar_device_interleaved_rows(s->ctx->device, llmpar_fsdp_dtype(s->fsdp)) > 0;
     uint64_t before = shards(s);
     llmpar_status status = write_texts(s, x, t->positions);
     llmpar_arena_get_usage(llmpar_fsdp_arena(s->fsdp), &usage[0]);
     watch_again();
-    if (!status) status = llmpar_generator_create(s->model, s->fsdp, t->positions, &g);
+    if (!status) status = llmpar_generator_create(s->model, s->fsdp, &generator, &g);
     CHECK(streams ? watched.turned : !watched.turned);
     int turned = watched.turned;
     for (int i = 0; i < TEXTS && !status; i++) {
@@ -215,14 +286,14 @@ static llmpar_status talk_steps(session *s, talk *t)
     watch_again();
     watched.token_fails = 3;
     describe(&x[3], &desc);
-    CHECK_STATUS(llmpar_generator_run(g, &desc, ids, &count), LLMPAR_ERR_IO);
+    CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_IO);
     CHECK_INT(count, 3);
     CHECK_BYTES(ids, x[3].ids, 3 * sizeof *ids);
     if (!status) status = again(t, g, s, &x[3], x[3].tokens, "a text that was ended");
     /* too long, an id that is none: said before anything is done, or forgotten */
     describe(&x[5], &desc);
     desc.tokens++;
-    CHECK_STATUS(llmpar_generator_run(g, &desc, ids, &count), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_ARGUMENT);
     CHECK_INT(count, 0);
     CHECK_TEXT(s->ctx->error.text, "expected room for all but the last");
     llmpar_error_clear(&s->ctx->error);
@@ -232,7 +303,7 @@ static llmpar_status talk_steps(session *s, talk *t)
     desc.prompt = &wrong;
     desc.prompt_count = 1;
     desc.tokens = 1;
-    CHECK_STATUS(llmpar_generator_run(g, &desc, ids, &count), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_ARGUMENT);
     llmpar_error_clear(&s->ctx->error);
     if (!status) status = again(t, g, s, &x[3], x[3].prompt_count + x[3].tokens - 1, "behind an id that is none");
     /* a product fails, in the prompt and behind it: the text is forgotten, the generator not */
@@ -240,7 +311,7 @@ static llmpar_status talk_steps(session *s, talk *t)
         watch_again();
         describe(&x[1], &desc);
         watched.product_fails = fault ? 60 : 2;
-        CHECK_STATUS(llmpar_generator_run(g, &desc, ids, &count), LLMPAR_ERR_IO);
+        CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_IO);
         llmpar_error_clear(&s->ctx->error);
         status = again(t, g, s, &x[3 * fault], x[3 * fault].prompt_count + x[3 * fault].tokens - 1, "behind a failure");
     }
@@ -250,13 +321,16 @@ static llmpar_status talk_steps(session *s, talk *t)
     llmpar_arena_get_usage(llmpar_fsdp_arena(s->fsdp), &usage[1]);
     for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) CHECK_INT(usage[1].live[tag], usage[0].live[tag]);
     CHECK(shards(s) == before);
+    static const int32_t places[] = { 2, 3, ROWS };
+    for (int i = 0; i < 3 && !status && t->positions < LONG; i++) status = at_once(t, s, x, places[i]);
+    CHECK(shards(s) == before);
     watch_again();
     if (!status) status = alone(s, &x[0]);
     CHECK_BYTES(x[0].ids, t->texts[0].ids, sizeof x[0].ids);
     if (streams) { /* a weight cannot be turned: nothing stays */
         watch_again();
         watched.turn_fails = 3;
-        CHECK_STATUS(llmpar_generator_create(s->model, s->fsdp, t->positions, &g), LLMPAR_ERR_IO);
+        CHECK_STATUS(llmpar_generator_create(s->model, s->fsdp, &generator, &g), LLMPAR_ERR_IO);
         llmpar_error_clear(&s->ctx->error);
         CHECK(g == NULL);
         CHECK_INT(watched.back, 2);
@@ -337,31 +411,33 @@ TEST(long_prompts)
 
 static llmpar_status refusals(session *s, void *user)
 {
+    static const struct { llmpar_generator_desc desc; const char *text; } wrong[] = { { { -1, 0 }, "-1 positions, expected at least 1" }, { { POSITIONS + 1, 0 }, "65 positions, expected at most the 64" }, { { 0, -3 }, "-3 texts at once, expected at least 1" } };
     llmpar_generator *g = (llmpar_generator *)user; /* not NULL */
-    CHECK_STATUS(llmpar_generator_create(s->model, s->fsdp, -1, &g), LLMPAR_ERR_ARGUMENT);
-    CHECK(g == NULL);
-    CHECK_TEXT(s->ctx->error.text, "-1 positions, expected at least 1");
-    llmpar_error_clear(&s->ctx->error);
-    CHECK_STATUS(llmpar_generator_create(s->model, s->fsdp, POSITIONS + 1, &g), LLMPAR_ERR_ARGUMENT);
-    CHECK_TEXT(s->ctx->error.text, "65 positions, expected at most the 64");
-    llmpar_error_clear(&s->ctx->error);
+    llmpar_generator_desc generator;
+    for (int i = 0; i < 3; i++) {
+        CHECK_STATUS(llmpar_generator_create(s->model, s->fsdp, &wrong[i].desc, &g), LLMPAR_ERR_ARGUMENT);
+        CHECK(g == NULL);
+        CHECK_TEXT(s->ctx->error.text, wrong[i].text);
+        llmpar_error_clear(&s->ctx->error);
+    }
     CHECK_OK(llmpar_generator_destroy(NULL));
     /* 0: as many as the model was set up for */
     llmpar_generate_desc desc;
-    int32_t prompt[POSITIONS] = { 0 }, ids[2], count;
+    int32_t prompt[POSITIONS] = { 0 }, room[2], *ids = room, count;
     memset(&desc, 0, sizeof desc);
+    memset(&generator, 0, sizeof generator);
     desc.prompt = prompt;
     desc.prompt_count = POSITIONS;
     desc.tokens = 1;
-    CHECK_OK(llmpar_generator_create(s->model, s->fsdp, 0, &g));
-    CHECK_OK(llmpar_generator_run(g, &desc, ids, &count));
+    CHECK_OK(llmpar_generator_create(s->model, s->fsdp, &generator, &g));
+    CHECK_OK(llmpar_generator_run(g, &desc, 1, &ids, &count));
     CHECK_INT(count, 1);
     desc.tokens = 2;
-    CHECK_STATUS(llmpar_generator_run(g, &desc, ids, &count), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(s->ctx->error.text, "prompt of 64 ids and 2 tokens");
     llmpar_error_clear(&s->ctx->error);
     desc.tokens = -1;
-    CHECK_STATUS(llmpar_generator_run(g, &desc, ids, &count), LLMPAR_ERR_ARGUMENT);
+    CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(s->ctx->error.text, "tokens = -1");
     llmpar_error_clear(&s->ctx->error);
     CHECK_OK(llmpar_generator_destroy(g));

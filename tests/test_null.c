@@ -46,6 +46,8 @@ static int run_case(rig *r, int number, int call, const char **name)
     llmpar_llama_apply_desc apply;
     llmpar_generate_desc generate;
     llmpar_generator *generator = NULL;
+    llmpar_generator_desc generator_desc;
+    memset(&generator_desc, 0, sizeof generator_desc);
     llmpar_trainer *trainer = NULL;
     llmpar_trainer_desc recipe;
     llmpar_checkpoint *checkpoint = NULL;
@@ -136,9 +138,10 @@ static int run_case(rig *r, int number, int call, const char **name)
     REFUSED(llmpar_llama_generate, NULL, r->fsdp, &generate, ids, &count)
     REFUSED(llmpar_llama_generate, r->model, NULL, &generate, ids, &count)
     TOLD(llmpar_llama_generate, r->model, r->fsdp, NULL, ids, &count)
-    REFUSED(llmpar_generator_create, NULL, r->fsdp, 0, &generator)
-    REFUSED(llmpar_generator_create, r->model, NULL, 0, &generator)
-    REFUSED(llmpar_generator_run, NULL, &generate, ids, &count)
+    REFUSED(llmpar_generator_create, NULL, r->fsdp, &generator_desc, &generator)
+    REFUSED(llmpar_generator_create, r->model, NULL, &generator_desc, &generator)
+    TOLD(llmpar_generator_create, r->model, r->fsdp, NULL, &generator)
+    REFUSED(llmpar_generator_run, NULL, &generate, 1, NULL, &count)
     NOTHING(llmpar_generator_destroy, NULL)
 
     /* model_io */

@@ -33,8 +33,8 @@ line()
     printf '%-36s %9s of %9s  %s\n' "$1" "$2" "$3" "$verdict"
 }
 
-line "llmpar.h, lines" "$lines" 30600
-line "llmpar.h, bytes" "$bytes" 1766000
+line "llmpar.h, lines" "$lines" 30800
+line "llmpar.h, bytes" "$bytes" 1775000
 line "llmpar_cuda.h, lines" "$(wc -l <build/gen/llmpar_cuda.h)" 9000
 line "llmpar_nccl.h, lines" "$(wc -l <build/gen/llmpar_nccl.h)" 3500
 line "declarations, lines" "$declarations" 2600

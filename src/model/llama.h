@@ -66,13 +66,20 @@ typedef struct llmpar_generate_desc {
    multiply few rows faster so (llmpar_interleave_args); they lie as before when it returns, whatever it returns. Collective over the mesh of fsdp. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
 
-/* Many texts, a conversation, a server: buffers, the KV cache of at most `positions` ids (prompt and reply of the longest text; 0: the positions given to apply) and interleaved weights stay from text to text, and so do the keys and
-   values of the latest one: as far as the next prompt begins with the same ids, they are not computed again. The ids are those that llmpar_llama_generate gives, bit for bit. Give each turn of a conversation the whole text so far.
-   The parameters are lent to it until it is destroyed, before model and fsdp are. A run that fails (not: that on_token ends) forgets the text; the generator may be used again. Of one thread at a time.
-   create, run, destroy: collective over the mesh of fsdp, with the same desc on every rank. destroy returns the first failure to lay the weights as they lay; NULL: nothing happens. */
+/* Many texts, at once or one behind the other, a conversation, a server: buffers, the KV cache and interleaved weights stay, and so do the keys and values of the latest texts: as far as a prompt begins with the ids of a text that is known
+   or being generated, they are not computed again. Give each turn of a conversation the whole text so far. Zero is a default everywhere. */
+typedef struct llmpar_generator_desc {
+    int64_t positions;        /* ids of a text at most, prompt and reply (its last id needs none); default: the positions given to apply */
+    int32_t texts;            /* how many are generated at once, and known afterwards; default 1. Each has its cache; each step then reads the weights once for all of them */
+} llmpar_generator_desc;
 typedef struct llmpar_generator llmpar_generator;
-LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t positions, llmpar_generator **out);
-LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
+/* The parameters are lent to it (llmpar_fsdp_lend) until it is destroyed, which must be before model and fsdp are. Of one thread at a time; the generator may not be used in on_token. Collective over the mesh of fsdp, as run and destroy,
+   with the same descs on every rank. */
+LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generator_desc *desc, llmpar_generator **out);
+/* Generates texts[count], begun in their order, each as soon as another one's end has made room: ids[i] has room for texts[i].tokens ids, counts[i] is how many there are. They are those that llmpar_llama_generate gives for each, bit for
+   bit, whatever else is or was generated. What on_token returns, if not LLMPAR_OK, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
+LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *texts, int32_t count, int32_t *const *ids, int32_t *counts);
+/* Returns the first failure to lay the weights as they lay. NULL: nothing happens. */
 LLMPAR_API llmpar_status llmpar_generator_destroy(llmpar_generator *generator);
 
 #endif
