@@ -12372,42 +12372,57 @@ static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t hea
     return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
 
-/* rows: of all spans, one behind the other. */
-static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int32_t spans, int64_t rows)
+/* o = attention of norm(x) over what each text's cache then has. rows: of all spans, one behind the other. */
+static llmpar_status llmpar__session_attend(llmpar__session *g, int32_t layer, void *const p[LLMPAR__BLOCK_PARAMS], int32_t spans, int64_t rows)
 {
     const llmpar__shape *s = &g->s;
-    const llmpar_llama_config *c = &g->model->config;
-    void *p[LLMPAR__BLOCK_PARAMS];
     llmpar_attention_args attention;
-    llmpar_tp_operand row;
-    llmpar_add_args add;
-    llmpar__session_params(g, layer, p);
-    const int64_t heads[3] = { s->h * s->e, s->k * s->e, s->k * s->e }, gates[2] = { s->f, s->f };
-    int single = rows == spans, one = single && llmpar__session_together(g, 3, p + LLMPAR__WQ, heads, s->d) && llmpar__session_together(g, 3, p + LLMPAR__BQ, heads, 1), two = single && llmpar__session_together(g, 2, p + LLMPAR__GATE, gates, s->d);
-    int64_t ldq = one ? s->qkv : heads[0], ldk = one ? s->qkv : heads[1], ldg = two ? 2 * s->f : s->f;
+    const int64_t heads[3] = { s->h * s->e, s->k * s->e, s->k * s->e };
+    int one = rows == spans && llmpar__session_together(g, 3, p + LLMPAR__WQ, heads, s->d) && llmpar__session_together(g, 3, p + LLMPAR__BQ, heads, 1); /* product: each row is q, k, v */
+    int64_t ldq = one ? s->qkv : heads[0], ldk = one ? s->qkv : heads[1];
+    char *q = (char *)(p[LLMPAR__QNORM] ? g->o : g->q) /* o: attention has not written it yet */, *k = (char *)g->gate, *v = k + (size_t)(rows * heads[1]) * s->size;
     llmpar__session_attention(g, layer, g->spans, 0, ldq, &attention);
-    size_t at = (size_t)(g->spans[0].position * heads[1]) * s->size; /* k and v of one text may go into the cache at once */
-    char *raw = (char *)(p[LLMPAR__QNORM] ? g->o : g->q) /* o: attention has not written it yet */, *up = (char *)g->gate + (size_t)(two ? s->f : rows * s->f) * s->size;
-    char *k = one ? raw + (size_t)heads[0] * s->size : spans == 1 && !p[LLMPAR__KNORM] ? (char *)(uintptr_t)attention.k + at : (char *)g->gate;
-    char *v = one ? k + (size_t)heads[1] * s->size : spans == 1 ? (char *)(uintptr_t)attention.v + at : (char *)g->gate + (size_t)(rows * heads[1]) * s->size;
+    size_t at = (size_t)(g->spans[0].position * heads[1]) * s->size;
+    if (spans == 1 && !p[LLMPAR__KNORM]) k = (char *)(uintptr_t)attention.k + at; /* into the cache at once */
+    if (spans == 1) v = (char *)(uintptr_t)attention.v + at;
+    if (one) {
+        k = q + (size_t)heads[0] * s->size;
+        v = k + (size_t)heads[1] * s->size;
+    }
     llmpar_status status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, rows, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
-    if (!status) status = llmpar__session_linear(g, rows, ldq, p[LLMPAR__WQ], p[LLMPAR__BQ], raw);
+    if (!status) status = llmpar__session_linear(g, rows, ldq, p[LLMPAR__WQ], p[LLMPAR__BQ], q);
     if (!status && !one) status = llmpar__session_linear(g, rows, heads[1], p[LLMPAR__WK], p[LLMPAR__BK], k);
     if (!status && !one) status = llmpar__session_linear(g, rows, heads[2], p[LLMPAR__WV], p[LLMPAR__BV], v);
     for (int64_t i = 0, r = 0; i < spans && !status; r += g->spans[i++].count) {
         const llmpar__span *span = &g->spans[i];
-        const char *own_k = k + (size_t)(r * ldk) * s->size, *own_v = v + (size_t)(r * ldk) * s->size;
+        const char *own_v = v + (size_t)(r * ldk) * s->size;
         llmpar__session_attention(g, layer, span, r, ldq, &attention);
         at = (size_t)(span->position * heads[1]) * s->size;
         char *to_v = (char *)(uintptr_t)attention.v + at;
-        status = llmpar__session_heads(g, s->h, span->position, span->count, raw + (size_t)(r * ldq) * s->size, p[LLMPAR__QNORM], (char *)(uintptr_t)attention.q);
-        if (!status) status = llmpar__session_heads(g, s->k, span->position, span->count, own_k, p[LLMPAR__KNORM], (char *)(uintptr_t)attention.k + at);
+        status = llmpar__session_heads(g, s->h, span->position, span->count, q + (size_t)(r * ldq) * s->size, p[LLMPAR__QNORM], (char *)(uintptr_t)attention.q);
+        if (!status) status = llmpar__session_heads(g, s->k, span->position, span->count, k + (size_t)(r * ldk) * s->size, p[LLMPAR__KNORM], (char *)(uintptr_t)attention.k + at);
         if (!status && own_v != to_v) status = g->device->copy(g->device, g->stream, to_v, own_v, (size_t)(span->count * heads[2]) * s->size);
     }
     for (int64_t i = 0, r = 0; i < spans && !status; r += g->spans[i++].count) {
         llmpar__session_attention(g, layer, &g->spans[i], r, ldq, &attention);
         status = g->device->attention(g->device, g->stream, &attention);
     }
+    return status;
+}
+
+static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int32_t spans, int64_t rows)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    void *p[LLMPAR__BLOCK_PARAMS];
+    llmpar_tp_operand row;
+    llmpar_add_args add;
+    llmpar__session_params(g, layer, p);
+    const int64_t gates[2] = { s->f, s->f };
+    int two = rows == spans && llmpar__session_together(g, 2, p + LLMPAR__GATE, gates, s->d); /* each row is gate, up */
+    int64_t ldg = two ? 2 * s->f : s->f;
+    char *up = (char *)g->gate + (size_t)(two ? s->f : rows * s->f) * s->size;
+    llmpar_status status = llmpar__session_attend(g, layer, p, spans, rows);
     llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     row.interleaved = g->interleaved > 0;
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
