@@ -96,7 +96,7 @@ def side_class():
 
         def read(self):
             words = self.process.stdout.readline().replace("ready ", "").split()
-            if len(words) < 3:
+            if len(words) < 3 or not words[0].replace(".", "").isdigit():
                 self.failed = (self.process.stderr.read().strip().splitlines() or ["ended without a word"])[-1]
                 self.process.wait()
                 return None

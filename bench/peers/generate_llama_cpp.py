@@ -11,6 +11,7 @@ import numpy as np
 from generate import serve
 
 path, kv, prompt, tokens, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+BATCH = 512  # ids in a call at most
 TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 quiet = l.llama_log_callback(lambda level, text, user: None)
 if "VERBOSE" not in os.environ:
@@ -24,7 +25,7 @@ vocab = l.llama_vocab_n_tokens(l.llama_model_get_vocab(model))
 
 def context(flash):
     params = l.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = prompt + tokens, 512, 512
+    params.n_ctx, params.n_batch, params.n_ubatch = prompt + tokens, BATCH, BATCH
     params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = l.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else l.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = TYPES[kv]
@@ -37,9 +38,11 @@ def follower(c):
         l.llama_memory_clear(l.llama_get_memory(c), True)
 
     def follow(ids):
-        array = (l.llama_token * len(ids))(*ids)
-        if l.llama_decode(c, l.llama_batch_get_one(array, len(ids))):
-            sys.exit("llama_decode failed")
+        for first in range(0, len(ids), BATCH):
+            part = ids[first:first + BATCH]
+            array = (l.llama_token * len(part))(*part)  # the batch has its address alone
+            if l.llama_decode(c, l.llama_batch_get_one(array, len(part))):
+                sys.exit("llama_decode failed")
         return int(np.ctypeslib.as_array(l.llama_get_logits_ith(c, -1), (vocab,)).argmax())
 
     return begin, follow
