@@ -2,6 +2,8 @@
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE 1
 #endif
+#include "apart_device.h"
+#include "debug_device.h"
 #include "model.h"
 
 #include <unistd.h>
@@ -149,6 +151,7 @@ static void all_refused(session *s, text *x)
     LENT(llmpar_fsdp_unshard(s->fsdp, 0, &params));
     LENT(llmpar_fsdp_lend(s->fsdp, "somebody"));
     LENT(llmpar_fsdp_shard(s->fsdp, 0, NULL, NULL, NULL) ? LLMPAR_OK : s->ctx->error.status);
+    LENT(llmpar_fsdp_shard_done(s->fsdp, 0, 1));
     LENT(llmpar_fsdp_find_nonfinite(s->fsdp, where, sizeof where));
     if (s->ctx->world == 1) { /* what fails in these ends a job of several */
         llmpar_run run;
@@ -241,6 +244,15 @@ static llmpar_status at_once(const talk *t, session *s, text *x, int32_t places)
     llmpar_error_clear(&s->ctx->error);
     for (int i = 0; i < TEXTS; i++) CHECK_INT(count[i], 0);
     describe(&x[3], &desc[3]);
+    static const int32_t wrong[] = { 1, 2, -1 };
+    desc[4].prompt = wrong;
+    desc[4].prompt_count = 3;
+    CHECK_STATUS(llmpar_generator_run(g, desc, TEXTS, ids, count), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(s->ctx->error.text, "generation of text 4: token id -1 at position 2");
+    llmpar_error_clear(&s->ctx->error);
+    for (int i = 0; i < TEXTS; i++) CHECK_INT(count[i], 0);
+    CHECK_INT(watched.tokens, 12);
+    describe(&x[4], &desc[4]);
     /* a product fails */
     watch_again();
     watched.product_fails = 150;
@@ -257,8 +269,9 @@ static llmpar_status at_once(const talk *t, session *s, text *x, int32_t places)
     return status;
 }
 
-static llmpar_status talk_steps(session *s, talk *t)
+static llmpar_status talk_steps(session *s, void *user)
 {
+    talk *t = (talk *)user;
     llmpar_generator *g = NULL;
     llmpar_generate_desc desc;
     llmpar_generator_desc generator = { t->positions, 0 };
@@ -290,7 +303,7 @@ static llmpar_status talk_steps(session *s, talk *t)
     CHECK_INT(count, 3);
     CHECK_BYTES(ids, x[3].ids, 3 * sizeof *ids);
     if (!status) status = again(t, g, s, &x[3], x[3].tokens, "a text that was ended");
-    /* too long, an id that is none: said before anything is done, or forgotten */
+    /* too long, an id that is none: said before anything is done */
     describe(&x[5], &desc);
     desc.tokens++;
     CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_ARGUMENT);
@@ -305,7 +318,7 @@ static llmpar_status talk_steps(session *s, talk *t)
     desc.tokens = 1;
     CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_ARGUMENT);
     llmpar_error_clear(&s->ctx->error);
-    if (!status) status = again(t, g, s, &x[3], x[3].prompt_count + x[3].tokens - 1, "behind an id that is none");
+    if (!status) status = again(t, g, s, &x[3], x[3].tokens, "behind an id that is none");
     /* a product fails, in the prompt and behind it: the text is forgotten, the generator not */
     for (int fault = 0; fault < 2 && !status; fault++) {
         watch_again();
@@ -340,20 +353,21 @@ static llmpar_status talk_steps(session *s, talk *t)
     return status;
 }
 
-static llmpar_status talk_body(session *s, void *user)
+static llmpar_status watch(session *s, void *user, llmpar_status (*body)(session *, void *))
 {
-    llmpar_device *device = s->ctx->device;
+    llmpar_device *device = s->ctx->host;
     memset(&watched, 0, sizeof watched);
     watched.real = *device;
     device->gemm = watched_gemm;
     device->attention = watched_attention;
     device->interleave = watched_interleave;
-    llmpar_status status = talk_steps(s, (talk *)user);
+    llmpar_status status = body(s, user);
     device->gemm = watched.real.gemm;
     device->attention = watched.real.attention;
     device->interleave = watched.real.interleave;
     return status;
 }
+static llmpar_status talk_body(session *s, void *user) { return watch(s, user, talk_steps); }
 
 static llmpar_llama_config talk_config(llmpar_family family, int tied, int32_t hidden, int32_t head_dim, int32_t vocab, int32_t positions)
 {
@@ -400,6 +414,99 @@ TEST(texts_of_one_generator)
             llmpar_llama_config c = talk_config(cases[i].family, cases[i].tied, cases[i].hidden, cases[i].head_dim, cases[i].vocab, POSITIONS);
             talk_everywhere(cases[i].name, &c, dtypes[dtype], cases[i].wrap);
         }
+}
+
+/* Conversations turn by turn, two of them behind one system prompt: as many as there are places stay known, and these are the latest. */
+static llmpar_status turns(session *s, void *user)
+{
+    enum { TURNS = 10, SYSTEM = 10, MORE = 3, REPLY = 4 };
+    static const int who[TURNS] = { 0, 1, 0, 1, 2, 1, 2, 0, 2, 0 }, known[TURNS] = { 0, SYSTEM, -1, -1, 0, -1, -1, SYSTEM, -1, -1 }; /* -1: all that was said but its last id */
+    text *x = (text *)take(TURNS, sizeof *x);
+    llmpar_generator_desc generator = { 0, 2 };
+    llmpar_generator *g = NULL;
+    llmpar_status status = LLMPAR_OK;
+    for (int i = 0; i < TURNS && !status; i++) {
+        int last = i - 1;
+        while (last >= 0 && who[last] != who[i]) last--;
+        x[i].tokens = REPLY;
+        if (last >= 0) {
+            memcpy(x[i].prompt, x[last].prompt, sizeof x[i].prompt);
+            memcpy(x[i].prompt + x[last].prompt_count, x[last].ids, REPLY * sizeof *x[i].ids);
+            x[i].prompt_count = x[last].prompt_count + REPLY;
+        } else for (; x[i].prompt_count < SYSTEM; x[i].prompt_count++) x[i].prompt[x[i].prompt_count] = who[i] / 2 + x[i].prompt_count;
+        x[i].shared = known[i] < 0 ? x[i].prompt_count - 1 : known[i];
+        for (int k = 0; k < MORE + 20 * (i == 0); k++) x[i].prompt[x[i].prompt_count++] = 40 + who[i]; /* the first one is long */
+        status = alone(s, &x[i]);
+    }
+    if (!status) status = llmpar_generator_create(s->model, s->fsdp, &generator, &g);
+    for (int i = 0; i < TURNS && !status; i++) {
+        char what[20];
+        snprintf(what, sizeof what, "turn %d", i);
+        status = again((const talk *)user, g, s, &x[i], x[i].prompt_count - x[i].shared + REPLY - 1, what);
+    }
+    CHECK_OK(llmpar_generator_destroy(g));
+    free(x);
+    return status;
+}
+
+static llmpar_status turns_body(session *s, void *user) { return watch(s, user, turns); }
+TEST(what_stays_known)
+{
+    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 8, 64, 2 * POSITIONS);
+    talk t = { .name = "turn by turn" };
+    job j = { .config = &c, .mesh = { .tp = 2 }, .trainer = { .seq_len = c.max_positions }, .body = turns_body, .user = &t };
+    launch_ok(&j);
+}
+
+/* Where a failure comes late and sticks to the stream, the generator may be used again too. */
+static debug_order late_order;
+static llmpar_device *late(llmpar_device *host)
+{
+    debug_device *d = (debug_device *)take(1, sizeof *d);
+    debug_device_init(d, host, late_order);
+    return &d->table;
+}
+static void late_end(llmpar_device *inner) { free(inner); }
+
+static llmpar_status late_failure(session *s, void *user)
+{
+    llmpar_generator_desc generator = { 0, 2 };
+    llmpar_generate_desc desc;
+    llmpar_generator *g = NULL;
+    text *x = (text *)take(TEXTS, sizeof *x);
+    int32_t *ids = (int32_t *)take(LONG, sizeof *ids), count;
+    llmpar_status status = write_texts(s, x, POSITIONS);
+    if (!status) status = llmpar_generator_create(s->model, s->fsdp, &generator, &g);
+    for (int fault = 0; fault < 3 && !status; fault++) {
+        watch_again();
+        describe(&x[fault], &desc);
+        watched.product_fails = 7 + 20 * fault;
+        CHECK_STATUS(llmpar_generator_run(g, &desc, 1, &ids, &count), LLMPAR_ERR_IO);
+        llmpar_error_clear(&s->ctx->error);
+        status = again((const talk *)user, g, s, &x[fault], x[fault].prompt_count + x[fault].tokens - 1, "behind a late failure");
+    }
+    CHECK_OK(llmpar_generator_destroy(g));
+    free(ids);
+    free(x);
+    return status;
+}
+static llmpar_status late_body(session *s, void *user) { return watch(s, user, late_failure); }
+
+TEST(late_failures)
+{
+    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 8, 61, POSITIONS);
+    talk t = { .name = "late" };
+    job j = { .config = &c, .mesh = { .tp = 1 }, .trainer = { .seq_len = POSITIONS }, .body = late_body, .user = &t };
+    for (int order = 0; order < 3; order++) {
+        apart_report report = { .inner = late, .inner_end = late_end };
+        llmpar_backend backend;
+        llmpar_launch_desc launch_desc = { .ranks = 1, .backend = &backend, .check = no_leak };
+        llmpar_error error;
+        late_order = (debug_order)order;
+        apart_backend(&report, &backend);
+        if (llmpar_launch(&launch_desc, run_rank, &j, &error)) TEST_FAIL("%s", error.text);
+        CHECK_INT(report.leaked + report.host_leaked, 0);
+    }
 }
 
 /* Prompts of more rows than go at once. */
@@ -452,4 +559,4 @@ TEST(what_is_refused)
     launch_ok(&j);
 }
 
-TEST_LIST(T_(texts_of_one_generator), T_(long_prompts), T_(what_is_refused))
+TEST_LIST(T_(texts_of_one_generator), T_(what_stays_known), T_(late_failures), T_(long_prompts), T_(what_is_refused))

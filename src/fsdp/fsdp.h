@@ -144,7 +144,7 @@ LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_
 /* Gathers a unit by hand to look or generate; params[param_count] point at tp-local tensors until reshard. Counted: every unshard that succeeds needs a reshard. Collective over dp_shard. */
 LLMPAR_API llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params);
 LLMPAR_API llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit);
-/* Lends the gathered parameters to `borrower` (static text), who may change how they lie and mends that before giving them back (NULL). Until then unshard, shard, find_nonfinite and run, and so saving, loading and steps, are refused
+/* Lends the gathered parameters to `borrower` (static text), who may change how they lie and mends that before giving them back (NULL). Until then unshard, shard, shard_done of a change, find_nonfinite and run, and so saving, loading and steps, are refused
    with its name, and so is another borrower: LLMPAR_ERR_ARGUMENT. What was unsharded before stays. Local. */
 LLMPAR_API llmpar_status llmpar_fsdp_lend(llmpar_fsdp *fsdp, const char *borrower);
 /* Writes into text the first parameter with a non-finite element over the world, "" if none. Collective. */

@@ -261,6 +261,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit,
 {
     llmpar__flat *flat = &fsdp->units[unit];
     llmpar_status status = LLMPAR_OK;
+    if (changed && llmpar__fsdp_not_lent(fsdp)) return LLMPAR_ERR_ARGUMENT;
     if (changed && flat->master) status = llmpar__fsdp_cast(fsdp, flat, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
     if (changed && !status && fsdp->whole_params) status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_COMPUTE);
     status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], status);

@@ -10,6 +10,8 @@
 
 #if !defined(LLMPAR_NO_LLAMA)
 
+#define LLMPAR__TEXT_NO(...) llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, __VA_ARGS__)
+
 /* Rows of one text that go together: the ids at `position` on. */
 typedef struct llmpar__span { int64_t slot, position, count; } llmpar__span;
 
@@ -170,10 +172,11 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->fsdp = fsdp;
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
-    if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
-    if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
+    if (model->applied != 2) return LLMPAR__TEXT_NO("generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (llmpar__llama_check_length(model, borrower ? 0 : capacity)) return LLMPAR_ERR_UNSUPPORTED;
+    if (g->dtype != model->dtype) return LLMPAR__TEXT_NO("generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
-        return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
+        return LLMPAR__TEXT_NO("generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
     g->tp = model->tp;
     g->tp.sequence_parallel = 0;
     g->rows = rows;
@@ -259,6 +262,7 @@ static llmpar_status llmpar__session_interleave(llmpar__session *g)
 static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status status)
 {
     llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    llmpar_heap *heap = &g->model->ctx->heap;
     if (g->stream) { /* after a failure it may still read what goes now */
         g->device->synchronize(g->device, g->stream);
         g->device->stream_destroy(g->device, g->stream);
@@ -270,15 +274,15 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
         if (!status) status = turned;
     }
     if (g->lent) llmpar_fsdp_lend(g->fsdp, NULL);
-    llmpar_heap_free(&g->model->ctx->heap, g->weights);
+    llmpar_heap_free(heap, g->weights);
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
-    llmpar_heap_free(&g->model->ctx->heap, (void *)g->params);
-    llmpar_heap_free(&g->model->ctx->heap, g->spans);
+    llmpar_heap_free(heap, (void *)g->params);
+    llmpar_heap_free(heap, g->spans);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
-    llmpar_heap_free(&g->model->ctx->heap, g->host);
-    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
+    llmpar_heap_free(heap, g->host);
+    llmpar_device_host_free(g->device, heap, g->staging, g->staging_bytes);
     return status;
 }
 
@@ -443,16 +447,14 @@ static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table
     return g->device->copy_rows(g->device, g->stream, &args);
 }
 
-/* The ids of a text from `position` on are known to be those, once they have been seen to be ids. No copy may be under way from there. */
-static llmpar_status llmpar__session_take(llmpar__session *g, int64_t slot, int64_t position, const int32_t *ids, int64_t count)
+static llmpar_status llmpar__session_ids(const llmpar_llama *model, const char *what, const int32_t *ids, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= g->model->config.vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)g->model->config.vocab - 1);
-    memcpy(g->host_ids + slot * g->capacity + position, ids, (size_t)count * sizeof *ids);
+        if (ids[i] < 0 || ids[i] >= model->config.vocab) return LLMPAR__TEXT_NO("%s: token id %d at position %lld, expected 0 .. %d", what, (int)ids[i], (long long)i, (int)model->config.vocab - 1);
     return LLMPAR_OK;
 }
 
-/* x of the rows of all spans, whose ids have been taken; the cache then knows their keys and values. */
+/* x of the rows of all spans, whose ids are in host_ids; the cache then knows their keys and values. */
 static llmpar_status llmpar__session_forward(llmpar__session *g, int32_t spans)
 {
     const llmpar_llama_config *c = &g->model->config;
@@ -486,12 +488,12 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
 {
     llmpar__session g;
     LLMPAR__NEED(model && fsdp, NULL);
-    if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
-    if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
+    if (count < 1) return LLMPAR__TEXT_NO("logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, 1, count, NULL, &g);
-    if (!status) status = llmpar__session_take(&g, 0, 0, ids, count);
+    if (!status) status = llmpar__session_ids(model, "logits", ids, count);
     const llmpar__span all = { 0, 0, count };
     if (!status) {
+        memcpy(g.host_ids, ids, (size_t)count * sizeof *ids);
         g.spans[0] = all;
         status = llmpar__session_forward(&g, 1);
     }
@@ -594,6 +596,7 @@ typedef struct llmpar__slot {
     int64_t known;   /* positions whose ids, keys and values are there */
     int32_t text;    /* which one; -1: none */
     int32_t made;    /* its ids so far; the last one waits at `known` */
+    int64_t begun;   /* when, counted in texts */
     llmpar_rng rng;
 } llmpar__slot;
 
@@ -604,6 +607,7 @@ struct llmpar_generator {
     const llmpar_generate_desc *texts; /* during a run, as the next two */
     int32_t *const *ids, *counts;
     int stopped;         /* by the caller */
+    int64_t begun;       /* texts */
 };
 
 static int32_t llmpar__generate_tokens(const llmpar_generate_desc *desc) { return desc->tokens ? desc->tokens : 128; }
@@ -611,18 +615,19 @@ static int32_t llmpar__generate_tokens(const llmpar_generate_desc *desc) { retur
 /* What may be said before anything is taken. */
 static llmpar_status llmpar__generate_check(const llmpar_llama *model, const llmpar_generate_desc *texts, int32_t count, int64_t positions)
 {
-    char which[32] = "";
-    if (!texts) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
+    char what[48] = "generation";
+    if (!texts) return LLMPAR__TEXT_NO("generation: no desc");
     for (int32_t i = 0; i < count; i++) {
         const llmpar_generate_desc *desc = &texts[i];
         int32_t tokens = llmpar__generate_tokens(desc);
-        if (count > 1) snprintf(which, sizeof which, " of text %d", (int)i);
-        if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: prompt of %d ids, expected at least 1", which, (int)desc->prompt_count);
-        if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: tokens = %d, expected at least 1", which, (int)tokens);
-        if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: temperature = %g, expected 0 or more", which, desc->temperature);
-        if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: top_p = %g, expected 0 .. 1", which, desc->top_p);
+        if (count > 1) snprintf(what, sizeof what, "generation of text %d", (int)i);
+        if (desc->prompt_count < 1 || !desc->prompt) return LLMPAR__TEXT_NO("%s: prompt of %d ids, expected at least 1", what, (int)desc->prompt_count);
+        if (tokens < 0) return LLMPAR__TEXT_NO("%s: tokens = %d, expected at least 1", what, (int)tokens);
+        if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return LLMPAR__TEXT_NO("%s: temperature = %g, expected 0 or more", what, desc->temperature);
+        if (!(desc->top_p >= 0 && desc->top_p <= 1)) return LLMPAR__TEXT_NO("%s: top_p = %g, expected 0 .. 1", what, desc->top_p);
         if ((int64_t)desc->prompt_count + tokens - 1 > positions)
-            return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: prompt of %d ids and %d tokens, expected room for all but the last in %lld positions", which, (int)desc->prompt_count, (int)tokens, (long long)positions);
+            return LLMPAR__TEXT_NO("%s: prompt of %d ids and %d tokens, expected room for all but the last in %lld positions", what, (int)desc->prompt_count, (int)tokens, (long long)positions);
+        if (llmpar__session_ids(model, what, desc->prompt, desc->prompt_count)) return LLMPAR_ERR_ARGUMENT;
     }
     return LLMPAR_OK;
 }
@@ -669,12 +674,12 @@ static llmpar_status llmpar__generator_next(llmpar_generator *g, int64_t slot, i
     return status;
 }
 
-/* Begins text `text` where no other one is, at best where the most of its prompt is known; what is known elsewhere of it is copied, the rest computed. */
+/* Begins text `text` behind its own beginning, in an empty place or in that of the oldest text: the latest ones stay known. What is known elsewhere of its prompt is copied, the rest computed. */
 static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, int *begun)
 {
     llmpar__session *s = &g->session;
     const llmpar_generate_desc *desc = &g->texts[text];
-    int64_t to = -1, from = 0, shared = -1, most = -1;
+    int64_t to = -1, from = 0, shared = 0, most = -1, kept = -1;
     for (int64_t i = 0; i < s->slots; i++) {
         const int32_t *ids = s->host_ids + i * s->capacity;
         int64_t same = 0;
@@ -683,7 +688,9 @@ static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, 
             most = same;
             from = i;
         }
-        if (g->slots[i].text < 0 && (same > shared || (same == shared && g->slots[i].known < g->slots[to].known))) {
+        int64_t keeps = same == g->slots[i].known ? same + 1 : 0; /* nothing is lost there */
+        if (g->slots[i].text < 0 && (keeps > kept || (keeps == kept && g->slots[i].begun < g->slots[to].begun))) {
+            kept = keeps;
             shared = same;
             to = i;
         }
@@ -697,10 +704,11 @@ static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, 
         size_t at = (size_t)(part % 2 * s->capacity + shared) * id;
         status = s->device->copy(s->device, s->stream, llmpar__session_cache(s, to, part / 2) + at, llmpar__session_cache(s, from, part / 2) + at, (size_t)(most - shared) * id);
     }
-    if (!status) status = llmpar__session_take(s, to, shared, desc->prompt + shared, desc->prompt_count - shared);
+    memcpy(s->host_ids + to * s->capacity + shared, desc->prompt + shared, (size_t)(desc->prompt_count - shared) * sizeof *desc->prompt); /* no copy is under way there */
     t->known = most;
     t->text = text;
     t->made = 0;
+    t->begun = ++g->begun;
     t->rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
     int64_t last = 0;
     while (!status && t->known < desc->prompt_count) {
@@ -736,12 +744,11 @@ LLMPAR_DEF llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsd
 {
     *out = NULL;
     LLMPAR__NEED(model && fsdp, NULL);
-    if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
+    if (!desc) return LLMPAR__TEXT_NO("generation: no desc");
     int64_t positions = desc->positions ? desc->positions : model->positions;
     int32_t texts = desc->texts ? desc->texts : 1;
-    if (positions < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at least 1", (long long)positions);
-    if (texts < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %d texts at once, expected at least 1", (int)texts);
-    if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
+    if (positions < 0) return LLMPAR__TEXT_NO("generation: %lld positions, expected at least 1", (long long)positions);
+    if (texts < 0) return LLMPAR__TEXT_NO("generation: %d texts at once, expected at least 1", (int)texts);
     llmpar_generator *g = (llmpar_generator *)llmpar_heap_alloc(&model->ctx->heap, 1, sizeof *g);
     if (!g) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     llmpar_status status = llmpar__generator_open(model, fsdp, positions, texts, positions, 1, g);
@@ -768,6 +775,7 @@ LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_
     LLMPAR__NEED(g, NULL);
     llmpar__session *s = &g->session;
     llmpar_status status = llmpar__generate_check(s->model, texts, count, s->capacity);
+    if (!status && !s->stream) status = s->device->stream_create(s->device, "generation", &s->stream);
     if (status) return status;
     g->texts = texts;
     g->ids = ids;
@@ -783,9 +791,11 @@ LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_
         }
         if (!status) status = llmpar__generator_step(g, &rows);
     }
-    if (status && !g->stopped) { /* the cache is in doubt, and the stream may yet read ids */
+    if (status && !g->stopped) { /* the cache is in doubt, and the stream, which may yet read ids, may stay failed */
         for (int64_t i = 0; i < s->slots; i++) g->slots[i].known = 0;
         s->device->synchronize(s->device, s->stream);
+        s->device->stream_destroy(s->device, s->stream);
+        s->stream = NULL;
     }
     return status;
 }
@@ -795,13 +805,14 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     llmpar_generator g;
     *count = 0;
     LLMPAR__NEED(model && fsdp, NULL);
-    llmpar_status status = llmpar__generate_check(model, desc, 1, INT64_MAX);
+    llmpar_status status = llmpar__generate_check(model, desc, 1, model->applied == 2 ? model->positions : INT64_MAX);
     if (status) return status;
-    if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
     int32_t tokens = llmpar__generate_tokens(desc);
     status = llmpar__generator_open(model, fsdp, desc->prompt_count, 1, (int64_t)desc->prompt_count + tokens - 1, tokens >= LLMPAR__SESSION_MANY, &g);
     if (!status) status = llmpar_generator_run(&g, desc, 1, &ids, count);
     return llmpar__generator_close(&g, status);
 }
+
+#undef LLMPAR__TEXT_NO
 
 #endif /* LLMPAR_NO_LLAMA */

@@ -61,7 +61,7 @@ typedef struct llmpar_generate_desc {
     void *user;
 } llmpar_generate_desc;
 
-/* One text: writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Meanwhile the parameters are
+/* One text: writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens - 1 beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Meanwhile the parameters are
    lent to it (llmpar_fsdp_lend): in on_token they can be neither read nor saved, and logits, another text or a step of this model are refused. For 32 tokens and more the rows of the weights are interleaved in place, on devices that
    multiply few rows faster so (llmpar_interleave_args); they lie as before when it returns, whatever it returns. Collective over the mesh of fsdp. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
