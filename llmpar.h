@@ -1770,7 +1770,7 @@ LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_
 /* Gathers a unit by hand to look or generate; params[param_count] point at tp-local tensors until reshard. Counted: every unshard that succeeds needs a reshard. Collective over dp_shard. */
 LLMPAR_API llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params);
 LLMPAR_API llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit);
-/* Lends the gathered parameters to `borrower` (static text), who may change how they lie and mends that before giving them back (NULL). Until then unshard, shard, find_nonfinite and run, and so saving, loading and steps, are refused
+/* Lends the gathered parameters to `borrower` (static text), who may change how they lie and mends that before giving them back (NULL). Until then unshard, shard, shard_done of a change, find_nonfinite and run, and so saving, loading and steps, are refused
    with its name, and so is another borrower: LLMPAR_ERR_ARGUMENT. What was unsharded before stays. Local. */
 LLMPAR_API llmpar_status llmpar_fsdp_lend(llmpar_fsdp *fsdp, const char *borrower);
 /* Writes into text the first parameter with a non-finite element over the world, "" if none. Collective. */
@@ -2020,7 +2020,7 @@ typedef struct llmpar_generate_desc {
     void *user;
 } llmpar_generate_desc;
 
-/* One text: writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Meanwhile the parameters are
+/* One text: writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens - 1 beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Meanwhile the parameters are
    lent to it (llmpar_fsdp_lend): in on_token they can be neither read nor saved, and logits, another text or a step of this model are refused. For 32 tokens and more the rows of the weights are interleaved in place, on devices that
    multiply few rows faster so (llmpar_interleave_args); they lie as before when it returns, whatever it returns. Collective over the mesh of fsdp. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
@@ -11966,7 +11966,10 @@ LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_
 
 #endif /* LLMPAR_USE_MPI */
 
-/* ==== src/model/generate.c ==== */
+/* ==== src/model/sample.c ==== */
+/* ==== src/model/session_internal.h ==== */
+/* session_internal: inference on gathered parameters, rows in, logits out; and how an id is chosen from logits. */
+
 /* ==== src/model/llama_internal.h ==== */
 /* llama_internal: the model's state and the shapes its unit files share. */
 
@@ -12062,7 +12065,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stre
 
 #endif /* LLMPAR_NO_LLAMA */
 
-/* ---- src/model/generate.c goes on ---- */
+/* ---- src/model/session_internal.h goes on ---- */
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* Rows of one text that go together: the ids at `position` on. */
@@ -12097,7 +12100,116 @@ typedef struct llmpar__session {
     int32_t interleaved;           /* of these: all or none but while they are turned */
 } llmpar__session;
 
-enum { LLMPAR__SESSION_WEIGHTS = 7, LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back takes as long as 3 to 7 of them, each of which is then a fifth to a third faster */ };
+/* session.c */
+/* Where the cache has k of this layer from position 0 of a slot on; v: behind `capacity` of them. */
+LLMPAR__PRIVATE char *llmpar__session_cache(const llmpar__session *g, int64_t slot, int32_t layer);
+/* Whether products of few rows may read all weights as streams: rows, and the pieces of each sum, are whole words. */
+LLMPAR__PRIVATE int llmpar__session_streams(const llmpar__session *g);
+/* rows go at once at most, head_rows of them get logits. borrower: to whom the parameters are lent; NULL: they are only read, and not for long. After a failure too llmpar__session_close is due. */
+LLMPAR__PRIVATE llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t slots, int64_t capacity, const char *borrower, llmpar__session *g);
+/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. Each is turned before the next, on this thread, so that it is known what has to be turned back. */
+LLMPAR__PRIVATE llmpar_status llmpar__session_interleave(llmpar__session *g);
+/* Returns `status`, or if it is none a failure of its own. */
+LLMPAR__PRIVATE llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status status);
+/* Logits of `count` rows of x beginning at `first`, whole vocabulary, as f32 in g->host[count, V]. */
+LLMPAR__PRIVATE llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int64_t count);
+/* An error that begins with `what` where one of them is not in the vocabulary. */
+LLMPAR__PRIVATE llmpar_status llmpar__session_ids(const llmpar_llama *model, const char *what, const int32_t *ids, int64_t count);
+/* x of the rows of all spans, whose ids are in host_ids; the cache then knows their keys and values. */
+LLMPAR__PRIVATE llmpar_status llmpar__session_forward(llmpar__session *g, int32_t spans);
+
+/* sample.c */
+/* The largest of finite logits, the first of equals; -1: not all are finite. As integers of the same order, so that compilers vectorise it. */
+LLMPAR__PRIVATE int32_t llmpar__sample_greedy(const float *logits, int32_t vocab);
+/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
+LLMPAR__PRIVATE int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order);
+
+#endif /* LLMPAR_NO_LLAMA */
+
+/* ---- src/model/sample.c goes on ---- */
+#if !defined(LLMPAR_NO_LLAMA)
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
+{
+    enum { BLOCK = 256 };
+    int32_t best = INT32_MIN, at = 0, end, infinite = 0;
+    for (int32_t first = 0; first < vocab; first = end) {
+        int32_t most = INT32_MIN;
+        end = vocab - first < BLOCK ? vocab : first + BLOCK;
+        for (int32_t i = first; i < end; i++) {
+            float value = logits[i] + 0.0f; /* -0 equals 0 */
+            int32_t bits;
+            memcpy(&bits, &value, sizeof bits);
+            infinite |= (bits & 0x7f800000) == 0x7f800000;
+            if (bits < 0) bits ^= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        if (most > best) {
+            best = most;
+            at = first;
+        }
+    }
+    for (int32_t i = at + 1; i < vocab && i < at + BLOCK; i++)
+        if (logits[i] > logits[at]) at = i;
+    return infinite ? -1 : at;
+}
+
+/* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
+static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const float *p)
+{
+    for (;;) {
+        int32_t child = 2 * at + 1;
+        if (child >= count) return;
+        if (child + 1 < count && (p[heap[child + 1]] > p[heap[child]] || (p[heap[child + 1]] == p[heap[child]] && heap[child + 1] < heap[child]))) child++;
+        if (p[heap[at]] > p[heap[child]] || (p[heap[at]] == p[heap[child]] && heap[at] < heap[child])) return;
+        int32_t swap = heap[at];
+        heap[at] = heap[child];
+        heap[child] = swap;
+        at = child;
+    }
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order)
+{
+    float max = logits[largest];
+    double sum = 0, mass = 0, target;
+    for (int32_t i = 0; i < vocab; i++) {
+        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
+        sum += (double)logits[i];
+        order[i] = i;
+    }
+    if (!(top_p > 0 && top_p < 1)) {
+        target = uniform * sum;
+        for (int32_t i = 0; i < vocab; i++) {
+            mass += (double)logits[i];
+            if (mass > target) return i;
+        }
+        return vocab - 1;
+    }
+    int32_t count = vocab, kept = 0;
+    for (int32_t i = vocab / 2; i-- > 0;) llmpar__sample_sift(order, count, i, logits);
+    while (count > 0 && mass < top_p * sum) { /* the popped ones gather behind the shrinking heap */
+        int32_t top = order[0];
+        mass += (double)logits[top];
+        order[0] = order[--count];
+        order[count] = top;
+        kept++;
+        llmpar__sample_sift(order, count, 0, logits);
+    }
+    target = uniform * mass;
+    mass = 0;
+    for (int32_t i = 0; i < kept; i++) {
+        mass += (double)logits[order[vocab - 1 - i]];
+        if (mass > target) return order[vocab - 1 - i];
+    }
+    return order[vocab - kept];
+}
+
+#endif /* LLMPAR_NO_LLAMA */
+/* ==== src/model/session.c ==== */
+#if !defined(LLMPAR_NO_LLAMA)
+
+enum { LLMPAR__SESSION_WEIGHTS = 7 };
 
 static llmpar_status llmpar__session_memory(llmpar__session *g)
 {
@@ -12140,8 +12252,7 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     return g->host && !status ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->head_rows);
 }
 
-/* Where the cache has k of this layer from position 0 of a slot on; v: behind `capacity` of them. */
-static char *llmpar__session_cache(const llmpar__session *g, int64_t slot, int32_t layer)
+LLMPAR__PRIVATE_DEF char *llmpar__session_cache(const llmpar__session *g, int64_t slot, int32_t layer)
 {
     return (char *)g->cache + (size_t)((slot * g->model->config.layers + layer) * g->capacity * 2 * g->s.k * g->s.e) * g->s.size;
 }
@@ -12173,8 +12284,7 @@ static void llmpar__session_attention(const llmpar__session *g, int32_t layer, c
     args->v = cache + (size_t)(g->capacity * args->ldv) * s->size;
 }
 
-/* Whether products of few rows may read all weights as streams: rows, and the pieces of each sum, are whole words. */
-static int llmpar__session_streams(const llmpar__session *g)
+LLMPAR__PRIVATE_DEF int llmpar__session_streams(const llmpar__session *g)
 {
     const llmpar_llama_config *c = &g->model->config;
     if (!llmpar_device_interleaved_rows(g->device, g->dtype)) return 0;
@@ -12218,7 +12328,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     return w > most ? w : most;
 }
 
-static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t slots, int64_t capacity, const char *borrower, llmpar__session *g)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t slots, int64_t capacity, const char *borrower, llmpar__session *g)
 {
     memset(g, 0, sizeof *g);
     g->model = model;
@@ -12226,6 +12336,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
     if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (llmpar__llama_check_length(model, borrower ? 0 : capacity)) return LLMPAR_ERR_UNSUPPORTED;
     if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
         return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
@@ -12292,8 +12403,7 @@ static void llmpar__session_weight(const llmpar__session *g, int32_t i, llmpar_i
     args->w = p[params[which]];
 }
 
-/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. Each is turned before the next, on this thread, so that it is known what has to be turned back. */
-static llmpar_status llmpar__session_interleave(llmpar__session *g)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_interleave(llmpar__session *g)
 {
     int32_t count = g->model->config.layers * LLMPAR__SESSION_WEIGHTS + 1;
     llmpar_status status = LLMPAR_OK;
@@ -12310,10 +12420,10 @@ static llmpar_status llmpar__session_interleave(llmpar__session *g)
     return status;
 }
 
-/* Returns `status`, or if it is none a failure of its own. */
-static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status status)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status status)
 {
     llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    llmpar_heap *heap = &g->model->ctx->heap;
     if (g->stream) { /* after a failure it may still read what goes now */
         g->device->synchronize(g->device, g->stream);
         g->device->stream_destroy(g->device, g->stream);
@@ -12325,15 +12435,15 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
         if (!status) status = turned;
     }
     if (g->lent) llmpar_fsdp_lend(g->fsdp, NULL);
-    llmpar_heap_free(&g->model->ctx->heap, g->weights);
+    llmpar_heap_free(heap, g->weights);
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
-    llmpar_heap_free(&g->model->ctx->heap, (void *)g->params);
-    llmpar_heap_free(&g->model->ctx->heap, g->spans);
+    llmpar_heap_free(heap, (void *)g->params);
+    llmpar_heap_free(heap, g->spans);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
-    llmpar_heap_free(&g->model->ctx->heap, g->host);
-    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
+    llmpar_heap_free(heap, g->host);
+    llmpar_device_host_free(g->device, heap, g->staging, g->staging_bytes);
     return status;
 }
 
@@ -12454,8 +12564,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     return status ? status : g->device->add(g->device, g->stream, &add);
 }
 
-/* Logits of `count` rows of x beginning at `first`, whole vocabulary, as f32 in g->host[count, V]. */
-static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int64_t count)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int64_t count)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
@@ -12498,17 +12607,14 @@ static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table
     return g->device->copy_rows(g->device, g->stream, &args);
 }
 
-/* The ids of a text from `position` on are known to be those, once they have been seen to be ids. No copy may be under way from there. */
-static llmpar_status llmpar__session_take(llmpar__session *g, int64_t slot, int64_t position, const int32_t *ids, int64_t count)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_ids(const llmpar_llama *model, const char *what, const int32_t *ids, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= g->model->config.vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)g->model->config.vocab - 1);
-    memcpy(g->host_ids + slot * g->capacity + position, ids, (size_t)count * sizeof *ids);
+        if (ids[i] < 0 || ids[i] >= model->config.vocab) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: token id %d at position %lld, expected 0 .. %d", what, (int)ids[i], (long long)i, (int)model->config.vocab - 1);
     return LLMPAR_OK;
 }
 
-/* x of the rows of all spans, whose ids have been taken; the cache then knows their keys and values. */
-static llmpar_status llmpar__session_forward(llmpar__session *g, int32_t spans)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_forward(llmpar__session *g, int32_t spans)
 {
     const llmpar_llama_config *c = &g->model->config;
     const void *table = g->params[0][0];
@@ -12541,12 +12647,12 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
 {
     llmpar__session g;
     LLMPAR__NEED(model && fsdp, NULL);
-    if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, 1, count, NULL, &g);
-    if (!status) status = llmpar__session_take(&g, 0, 0, ids, count);
+    if (!status) status = llmpar__session_ids(model, "logits", ids, count);
     const llmpar__span all = { 0, 0, count };
     if (!status) {
+        memcpy(g.host_ids, ids, (size_t)count * sizeof *ids);
         g.spans[0] = all;
         status = llmpar__session_forward(&g, 1);
     }
@@ -12555,85 +12661,11 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
     return llmpar__session_close(&g, status);
 }
 
-/* ---- sampling ---- */
+#endif /* LLMPAR_NO_LLAMA */
+/* ==== src/model/generate.c ==== */
+#if !defined(LLMPAR_NO_LLAMA)
 
-/* The largest of finite logits, the first of equals; -1: not all are finite. As integers of the same order, so that compilers vectorise it. */
-static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
-{
-    enum { BLOCK = 256 };
-    int32_t best = INT32_MIN, at = 0, end, infinite = 0;
-    for (int32_t first = 0; first < vocab; first = end) {
-        int32_t most = INT32_MIN;
-        end = vocab - first < BLOCK ? vocab : first + BLOCK;
-        for (int32_t i = first; i < end; i++) {
-            float value = logits[i] + 0.0f; /* -0 equals 0 */
-            int32_t bits;
-            memcpy(&bits, &value, sizeof bits);
-            infinite |= (bits & 0x7f800000) == 0x7f800000;
-            if (bits < 0) bits ^= 0x7fffffff;
-            most = bits > most ? bits : most;
-        }
-        if (most > best) {
-            best = most;
-            at = first;
-        }
-    }
-    for (int32_t i = at + 1; i < vocab && i < at + BLOCK; i++)
-        if (logits[i] > logits[at]) at = i;
-    return infinite ? -1 : at;
-}
-
-/* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
-static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const float *p)
-{
-    for (;;) {
-        int32_t child = 2 * at + 1;
-        if (child >= count) return;
-        if (child + 1 < count && (p[heap[child + 1]] > p[heap[child]] || (p[heap[child + 1]] == p[heap[child]] && heap[child + 1] < heap[child]))) child++;
-        if (p[heap[at]] > p[heap[child]] || (p[heap[at]] == p[heap[child]] && heap[at] < heap[child])) return;
-        int32_t swap = heap[at];
-        heap[at] = heap[child];
-        heap[child] = swap;
-        at = child;
-    }
-}
-
-/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
-static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order)
-{
-    float max = logits[largest];
-    double sum = 0, mass = 0, target;
-    for (int32_t i = 0; i < vocab; i++) {
-        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
-        sum += (double)logits[i];
-        order[i] = i;
-    }
-    if (!(top_p > 0 && top_p < 1)) {
-        target = uniform * sum;
-        for (int32_t i = 0; i < vocab; i++) {
-            mass += (double)logits[i];
-            if (mass > target) return i;
-        }
-        return vocab - 1;
-    }
-    int32_t count = vocab, kept = 0;
-    for (int32_t i = vocab / 2; i-- > 0;) llmpar__sample_sift(order, count, i, logits);
-    while (count > 0 && mass < top_p * sum) { /* the popped ones gather behind the shrinking heap */
-        int32_t top = order[0];
-        mass += (double)logits[top];
-        order[0] = order[--count];
-        order[count] = top;
-        kept++;
-        llmpar__sample_sift(order, count, 0, logits);
-    }
-    target = uniform * mass;
-    mass = 0;
-    for (int32_t i = 0; i < kept; i++) {
-        mass += (double)logits[order[vocab - 1 - i]];
-        if (mass > target) return order[vocab - 1 - i];
-    }
-    return order[vocab - kept];
-}
+enum { LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back takes as long as 3 to 7 of them, each of which is then a fifth to a third faster */ };
 
 static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
 {
@@ -12642,13 +12674,12 @@ static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
     return 0;
 }
 
-/* ---- texts ---- */
-
 /* A place for a text: what the session knows there, and what is being generated. */
 typedef struct llmpar__slot {
     int64_t known;   /* positions whose ids, keys and values are there */
     int32_t text;    /* which one; -1: none */
     int32_t made;    /* its ids so far; the last one waits at `known` */
+    int64_t begun;   /* when, counted in texts */
     llmpar_rng rng;
 } llmpar__slot;
 
@@ -12659,6 +12690,7 @@ struct llmpar_generator {
     const llmpar_generate_desc *texts; /* during a run, as the next two */
     int32_t *const *ids, *counts;
     int stopped;         /* by the caller */
+    int64_t begun;       /* texts */
 };
 
 static int32_t llmpar__generate_tokens(const llmpar_generate_desc *desc) { return desc->tokens ? desc->tokens : 128; }
@@ -12666,18 +12698,19 @@ static int32_t llmpar__generate_tokens(const llmpar_generate_desc *desc) { retur
 /* What may be said before anything is taken. */
 static llmpar_status llmpar__generate_check(const llmpar_llama *model, const llmpar_generate_desc *texts, int32_t count, int64_t positions)
 {
-    char which[32] = "";
+    char what[48] = "generation";
     if (!texts) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: no desc");
     for (int32_t i = 0; i < count; i++) {
         const llmpar_generate_desc *desc = &texts[i];
         int32_t tokens = llmpar__generate_tokens(desc);
-        if (count > 1) snprintf(which, sizeof which, " of text %d", (int)i);
-        if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: prompt of %d ids, expected at least 1", which, (int)desc->prompt_count);
-        if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: tokens = %d, expected at least 1", which, (int)tokens);
-        if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: temperature = %g, expected 0 or more", which, desc->temperature);
-        if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: top_p = %g, expected 0 .. 1", which, desc->top_p);
+        if (count > 1) snprintf(what, sizeof what, "generation of text %d", (int)i);
+        if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: prompt of %d ids, expected at least 1", what, (int)desc->prompt_count);
+        if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: tokens = %d, expected at least 1", what, (int)tokens);
+        if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: temperature = %g, expected 0 or more", what, desc->temperature);
+        if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: top_p = %g, expected 0 .. 1", what, desc->top_p);
         if ((int64_t)desc->prompt_count + tokens - 1 > positions)
-            return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation%s: prompt of %d ids and %d tokens, expected room for all but the last in %lld positions", which, (int)desc->prompt_count, (int)tokens, (long long)positions);
+            return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: prompt of %d ids and %d tokens, expected room for all but the last in %lld positions", what, (int)desc->prompt_count, (int)tokens, (long long)positions);
+        if (llmpar__session_ids(model, what, desc->prompt, desc->prompt_count)) return LLMPAR_ERR_ARGUMENT;
     }
     return LLMPAR_OK;
 }
@@ -12724,12 +12757,12 @@ static llmpar_status llmpar__generator_next(llmpar_generator *g, int64_t slot, i
     return status;
 }
 
-/* Begins text `text` where no other one is, at best where the most of its prompt is known; what is known elsewhere of it is copied, the rest computed. */
+/* Begins text `text` behind its own beginning, in an empty place or in that of the oldest text: the latest ones stay known. What is known elsewhere of its prompt is copied, the rest computed. */
 static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, int *begun)
 {
     llmpar__session *s = &g->session;
     const llmpar_generate_desc *desc = &g->texts[text];
-    int64_t to = -1, from = 0, shared = -1, most = -1;
+    int64_t to = -1, from = 0, shared = 0, most = -1, kept = -1;
     for (int64_t i = 0; i < s->slots; i++) {
         const int32_t *ids = s->host_ids + i * s->capacity;
         int64_t same = 0;
@@ -12738,7 +12771,9 @@ static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, 
             most = same;
             from = i;
         }
-        if (g->slots[i].text < 0 && (same > shared || (same == shared && g->slots[i].known < g->slots[to].known))) {
+        int64_t keeps = same == g->slots[i].known ? same + 1 : 0; /* nothing is lost there */
+        if (g->slots[i].text < 0 && (keeps > kept || (keeps == kept && g->slots[i].begun < g->slots[to].begun))) {
+            kept = keeps;
             shared = same;
             to = i;
         }
@@ -12752,10 +12787,11 @@ static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, 
         size_t at = (size_t)(part % 2 * s->capacity + shared) * id;
         status = s->device->copy(s->device, s->stream, llmpar__session_cache(s, to, part / 2) + at, llmpar__session_cache(s, from, part / 2) + at, (size_t)(most - shared) * id);
     }
-    if (!status) status = llmpar__session_take(s, to, shared, desc->prompt + shared, desc->prompt_count - shared);
+    memcpy(s->host_ids + to * s->capacity + shared, desc->prompt + shared, (size_t)(desc->prompt_count - shared) * sizeof *desc->prompt); /* no copy is under way there */
     t->known = most;
     t->text = text;
     t->made = 0;
+    t->begun = ++g->begun;
     t->rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
     int64_t last = 0;
     while (!status && t->known < desc->prompt_count) {
@@ -12796,7 +12832,6 @@ LLMPAR_DEF llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsd
     int32_t texts = desc->texts ? desc->texts : 1;
     if (positions < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at least 1", (long long)positions);
     if (texts < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %d texts at once, expected at least 1", (int)texts);
-    if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
     llmpar_generator *g = (llmpar_generator *)llmpar_heap_alloc(&model->ctx->heap, 1, sizeof *g);
     if (!g) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     llmpar_status status = llmpar__generator_open(model, fsdp, positions, texts, positions, 1, g);
@@ -12823,6 +12858,7 @@ LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_
     LLMPAR__NEED(g, NULL);
     llmpar__session *s = &g->session;
     llmpar_status status = llmpar__generate_check(s->model, texts, count, s->capacity);
+    if (!status && !s->stream) status = s->device->stream_create(s->device, "generation", &s->stream);
     if (status) return status;
     g->texts = texts;
     g->ids = ids;
@@ -12838,9 +12874,11 @@ LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_
         }
         if (!status) status = llmpar__generator_step(g, &rows);
     }
-    if (status && !g->stopped) { /* the cache is in doubt, and the stream may yet read ids */
+    if (status && !g->stopped) { /* the cache is in doubt, and the stream, which may yet read ids, may stay failed */
         for (int64_t i = 0; i < s->slots; i++) g->slots[i].known = 0;
         s->device->synchronize(s->device, s->stream);
+        s->device->stream_destroy(s->device, s->stream);
+        s->stream = NULL;
     }
     return status;
 }
@@ -12850,9 +12888,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     llmpar_generator g;
     *count = 0;
     LLMPAR__NEED(model && fsdp, NULL);
-    llmpar_status status = llmpar__generate_check(model, desc, 1, INT64_MAX);
+    llmpar_status status = llmpar__generate_check(model, desc, 1, model->applied == 2 ? model->positions : INT64_MAX);
     if (status) return status;
-    if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
     int32_t tokens = llmpar__generate_tokens(desc);
     status = llmpar__generator_open(model, fsdp, desc->prompt_count, 1, (int64_t)desc->prompt_count + tokens - 1, tokens >= LLMPAR__SESSION_MANY, &g);
     if (!status) status = llmpar_generator_run(&g, desc, 1, &ids, count);
@@ -18721,6 +18758,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit,
 {
     llmpar__flat *flat = &fsdp->units[unit];
     llmpar_status status = LLMPAR_OK;
+    if (changed && llmpar__fsdp_not_lent(fsdp)) return LLMPAR_ERR_ARGUMENT;
     if (changed && flat->master) status = llmpar__fsdp_cast(fsdp, flat, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
     if (changed && !status && fsdp->whole_params) status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_COMPUTE);
     status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], status);

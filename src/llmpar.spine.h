@@ -267,6 +267,8 @@ LLMPAR_EXTERN_C_END
 #include "comm/mpi_wait.c"
 #include "comm/mpi.c"
 
+#include "model/sample.c"
+#include "model/session.c"
 #include "model/generate.c"
 
 /* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step; f64 is for checking gradients. (glibc's checked open is an error at -O0.) */
