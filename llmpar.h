@@ -2036,7 +2036,7 @@ typedef struct llmpar_generator llmpar_generator;
    with the same descs on every rank. */
 LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generator_desc *desc, llmpar_generator **out);
 /* Generates texts[count], begun in their order, each as soon as another one's end has made room: ids[i] has room for texts[i].tokens ids, counts[i] is how many there are. They are those that llmpar_llama_generate gives for each, bit for
-   bit, whatever else is or was generated. What on_token returns, if not LLMPAR_OK, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
+   bit, whatever else is or was generated (on a GPU in its exact mode: a library's products depend on how many rows there are). What on_token returns, if not LLMPAR_OK, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
 LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *texts, int32_t count, int32_t *const *ids, int32_t *counts);
 /* Returns the first failure to lay the weights as they lay. NULL: nothing happens. */
 LLMPAR_API llmpar_status llmpar_generator_destroy(llmpar_generator *generator);

@@ -231,6 +231,8 @@ row 1 'LLMPAR_CPU "abacus" is not a dispatch level' env LLMPAR_CPU=abacus "$prog
 
 generate 2 '--tokens "0": expected a whole number 1 ..' --prompt-ids 1 --tokens 0
 generate 2 '--tp "-2": expected a whole number 1 ..' --prompt-ids 1 --tp -2
+generate 2 '--at-once "0": expected a whole number 1 ..' --prompt-ids 1 --at-once 0
+generate 1 'generation of text 1: token id 300 at position 0, expected 0 .. 255' --prompt-ids 1 --prompt-ids 300
 generate 2 '--threads "no": expected a whole number 1 ..' --prompt-ids 1 --threads no
 generate 2 '--temperature "-1": expected a number 0 ..' --prompt-ids 1 --temperature -1
 generate 2 '--temperature "nan": expected a number 0 ..' --prompt-ids 1 --temperature nan

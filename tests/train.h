@@ -117,24 +117,32 @@ static inline llmpar_status train_sequence(void *user, int64_t index, int32_t *t
     return LLMPAR_OK;
 }
 
-/* For a hook: what the model says behind the prompt, ids[0 .. tokens) greedily, ids[tokens .. 2 tokens) sampled. */
+/* For a hook: what the model says behind the prompt, ids[0 .. tokens) greedily, ids[tokens .. 2 tokens) sampled; each alone, and both at once, which is the same. */
 static inline llmpar_status train_generate(llmpar_llama *model, llmpar_trainer *trainer, const int32_t *prompt, int32_t prompt_count, int32_t tokens, int32_t *ids)
 {
-    llmpar_status status = LLMPAR_OK;
+    llmpar_fsdp *fsdp = llmpar_trainer_fsdp(trainer);
+    llmpar_status status = LLMPAR_OK, end;
+    llmpar_generator_desc together = {0, 2};
+    llmpar_generator *generator = NULL;
+    llmpar_generate_desc desc[2];
+    int32_t count[2], *room = (int32_t *)calloc((size_t)tokens, 2 * sizeof *room), *at_once[2] = {room, room + tokens};
+    memset(desc, 0, sizeof desc);
     for (int i = 0; i < 2 && !status; i++) {
-        llmpar_generate_desc desc;
-        int32_t count = 0;
-        memset(&desc, 0, sizeof desc);
-        desc.prompt = prompt;
-        desc.prompt_count = prompt_count;
-        desc.tokens = tokens;
-        desc.temperature = i;
-        desc.top_p = 0.9;
-        desc.seed = 3;
-        status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, ids + i * tokens, &count);
-        if (!status) CHECK_INT(count, tokens);
+        desc[i].prompt = prompt;
+        desc[i].prompt_count = prompt_count;
+        desc[i].tokens = tokens;
+        desc[i].temperature = i;
+        desc[i].top_p = 0.9;
+        desc[i].seed = 3;
+        status = llmpar_llama_generate(model, fsdp, &desc[i], ids + i * tokens, &count[i]);
+        if (!status) CHECK_INT(count[i], tokens);
     }
-    return status;
+    if (!status) status = llmpar_generator_create(model, fsdp, &together, &generator);
+    if (!status) status = llmpar_generator_run(generator, desc, 2, at_once, count);
+    if (!status) CHECK_BYTES(room, ids, 2 * (size_t)tokens * sizeof *ids);
+    end = llmpar_generator_destroy(generator);
+    free(room);
+    return status ? status : end;
 }
 
 static inline train_bytes train_read(const char *path)
