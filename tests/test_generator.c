@@ -12,7 +12,7 @@ enum { POSITIONS = 64, LONG = 1100, TEXTS = 8, ROWS = 16 };
 static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
 
 /* What went through a rank's device. */
-static __thread struct watched { llmpar_device real; int64_t rows; int products, product_fails, turned, back, turn_fails, tokens, token_fails, row; uint64_t last[ROWS]; /* of the first rows of the last product */ } watched;
+static __thread struct watched { llmpar_device real; int64_t rows; int products, product_fails, turned, back, turn_fails, tokens, token_fails, row, ended; uint64_t last[ROWS]; /* of the first rows of the last product */ } watched;
 
 static llmpar_status planted(llmpar_device *device) { return llmpar_error_set(device->error, LLMPAR_ERR_IO, "planted"); }
 static llmpar_status watched_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
@@ -44,6 +44,11 @@ static llmpar_status watched_token(void *user, int32_t id)
     (void)id;
     *logits = *logits * 31 + watched.last[watched.row++]; /* the head's product was the last one, a row for each text that goes on */
     return ++watched.tokens == watched.token_fails ? LLMPAR_ERR_IO : LLMPAR_OK;
+}
+static void watched_end(void *user)
+{
+    (void)user;
+    watched.ended++;
 }
 static void watch_again(void)
 {
@@ -262,6 +267,40 @@ static llmpar_status at_once(const talk *t, session *s, text *x, int32_t places)
     watch_again();
     if (!status) status = llmpar_generator_run(g, desc, TEXTS, ids, count);
     for (int i = 0; i < TEXTS && !status; i++) CHECK(count[i] == x[i].count && x[i].heard == x[i].logits);
+    /* by hand: a text begins at every other step, while others run */
+    int32_t next = 0, running = 0, most = 0;
+    for (int i = 0; i < TEXTS; i++) {
+        describe(&x[i], &desc[i]);
+        desc[i].on_end = watched_end;
+    }
+    watch_again();
+    for (int turn = 0; !status && (next < TEXTS || running); turn++) {
+        if (next < TEXTS && running == places) {
+            int32_t none = -1, still = -1;
+            CHECK_STATUS(llmpar_generator_begin(g, &desc[next], ids[next], &none, &still), LLMPAR_ERR_ARGUMENT);
+            CHECK_TEXT(s->ctx->error.text, "texts are running, expected fewer than the generator's");
+            llmpar_error_clear(&s->ctx->error);
+            CHECK(none == 0 && still == places);
+        } else if (next < TEXTS && turn % 2 == 0) {
+            status = llmpar_generator_begin(g, &desc[next], ids[next], &count[next], &running);
+            CHECK(count[next] == 1);
+            next++;
+        }
+        if (running > most) most = running;
+        if (!status) status = llmpar_generator_step(g, &running);
+    }
+    CHECK(most > 1);
+    CHECK_INT(watched.ended, TEXTS);
+    for (int i = 0; i < TEXTS && !status; i++) CHECK(count[i] == x[i].count && !memcmp(ids[i], x[i].ids, (size_t)count[i] * sizeof *ids[i]) && x[i].heard == x[i].logits);
+    if (!status) status = llmpar_generator_step(g, &running);
+    CHECK_INT(running, 0);
+    /* run goes on with what was begun by hand */
+    describe(&x[0], &desc[0]);
+    if (!status) status = llmpar_generator_begin(g, &desc[0], ids[0], &count[0], &running);
+    CHECK_INT(running, 1);
+    describe(&x[3], &desc[3]);
+    if (!status) status = llmpar_generator_run(g, &desc[3], 1, &ids[3], &count[3]);
+    CHECK(x[0].heard == x[0].logits && x[3].heard == x[3].logits && count[0] == x[0].count && count[3] == x[3].count);
     CHECK_OK(llmpar_generator_run(g, desc, 0, ids, count));
     CHECK_OK(llmpar_generator_destroy(g));
     for (int i = 0; i < TEXTS; i++) free(ids[i]);

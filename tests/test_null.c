@@ -142,6 +142,8 @@ static int run_case(rig *r, int number, int call, const char **name)
     REFUSED(llmpar_generator_create, r->model, NULL, &generator_desc, &generator)
     TOLD(llmpar_generator_create, r->model, r->fsdp, NULL, &generator)
     REFUSED(llmpar_generator_run, NULL, &generate, 1, NULL, &count)
+    REFUSED(llmpar_generator_begin, NULL, &generate, ids, &count, &count)
+    REFUSED(llmpar_generator_step, NULL, &count)
     NOTHING(llmpar_generator_destroy, NULL)
 
     /* model_io */

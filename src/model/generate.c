@@ -21,9 +21,10 @@ static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
 /* A place for a text: what the session knows there, and what is being generated. */
 typedef struct llmpar__slot {
     int64_t known;   /* positions whose ids, keys and values are there */
-    int32_t text;    /* which one; -1: none */
-    int32_t made;    /* its ids so far; the last one waits at `known` */
     int64_t begun;   /* when, counted in texts */
+    int running;     /* its last id waits at `known`; the rest of this is that text's */
+    llmpar_generate_desc desc;
+    int32_t *ids, *count;
     llmpar_rng rng;
 } llmpar__slot;
 
@@ -31,10 +32,9 @@ struct llmpar_generator {
     llmpar__session session;
     llmpar__slot *slots; /* [session.slots] */
     int32_t *order;      /* [V] scratch of sampling */
-    const llmpar_generate_desc *texts; /* during a run, as the next two */
-    int32_t *const *ids, *counts;
-    int stopped;         /* by the caller */
     int64_t begun;       /* texts */
+    int32_t running;     /* of the slots */
+    int stopped;         /* by the caller */
 };
 
 static int32_t llmpar__generate_tokens(const llmpar_generate_desc *desc) { return desc->tokens ? desc->tokens : 128; }
@@ -87,43 +87,69 @@ static llmpar_status llmpar__generator_next(llmpar_generator *g, int64_t slot, i
     llmpar__session *s = &g->session;
     llmpar__slot *t = &g->slots[slot];
     const llmpar_llama_config *c = &s->model->config;
-    const llmpar_generate_desc *desc = &g->texts[t->text];
+    const llmpar_generate_desc *desc = &t->desc;
     float *logits = s->host + row * c->vocab;
     int32_t id = llmpar__sample_greedy(logits, c->vocab);
     if (id < 0) return llmpar_fail(s->model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)t->known - 1);
-    if (desc->temperature != 0) id = llmpar__sample_nucleus(logits, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&t->rng, (uint64_t)t->made), g->order);
-    g->ids[t->text][t->made++] = id;
-    g->counts[t->text] = t->made;
+    if (desc->temperature != 0) id = llmpar__sample_nucleus(logits, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&t->rng, (uint64_t)*t->count), g->order);
+    t->ids[(*t->count)++] = id;
     llmpar_status status = desc->on_token ? desc->on_token(desc->user, id) : LLMPAR_OK;
     g->stopped = status != LLMPAR_OK;
-    if (t->made == llmpar__generate_tokens(desc) || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) t->text = -1;
-    else s->host_ids[slot * s->capacity + t->known] = id;
+    if (!status && *t->count < llmpar__generate_tokens(desc) && !(desc->stop_at_eos && llmpar__sample_is_eos(c, id))) {
+        s->host_ids[slot * s->capacity + t->known] = id;
+        return LLMPAR_OK;
+    }
+    t->running = 0;
+    g->running--;
+    if (!status && desc->on_end) desc->on_end(desc->user);
     return status;
 }
 
-/* Begins text `text` behind its own beginning, in an empty place or in that of the oldest text: the latest ones stay known. What is known elsewhere of its prompt is copied, the rest computed. */
-static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, int *begun)
+/* Before anything is asked of the session. */
+static llmpar_status llmpar__generator_ready(llmpar_generator *g)
 {
     llmpar__session *s = &g->session;
-    const llmpar_generate_desc *desc = &g->texts[text];
+    g->stopped = 0;
+    return s->stream ? LLMPAR_OK : s->device->stream_create(s->device, "generation", &s->stream);
+}
+
+/* What a failure leaves: no text runs, and unless the caller stopped it the cache is in doubt, and the stream, which may yet read ids, may stay failed. */
+static llmpar_status llmpar__generator_done(llmpar_generator *g, llmpar_status status)
+{
+    llmpar__session *s = &g->session;
+    for (int64_t i = 0; i < s->slots && status; i++) {
+        g->slots[i].running = 0;
+        if (!g->stopped) g->slots[i].known = 0;
+    }
+    if (!status) return LLMPAR_OK;
+    g->running = 0;
+    if (g->stopped) return status;
+    s->device->synchronize(s->device, s->stream);
+    s->device->stream_destroy(s->device, s->stream);
+    s->stream = NULL;
+    return status;
+}
+
+/* Begins a text behind its own beginning, in an empty place or in that of the oldest text: the latest ones stay known. What is known elsewhere of its prompt is copied, the rest computed. There is a free place. */
+static llmpar_status llmpar__generator_begin(llmpar_generator *g, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+{
+    llmpar__session *s = &g->session;
     int64_t to = -1, from = 0, shared = 0, most = -1, kept = -1;
     for (int64_t i = 0; i < s->slots; i++) {
-        const int32_t *ids = s->host_ids + i * s->capacity;
+        const int32_t *here = s->host_ids + i * s->capacity;
         int64_t same = 0;
-        while (same < g->slots[i].known && same < desc->prompt_count - 1 && ids[same] == desc->prompt[same]) same++; /* the last id gives the logits */
+        while (same < g->slots[i].known && same < desc->prompt_count - 1 && here[same] == desc->prompt[same]) same++; /* the last id gives the logits */
         if (same > most) {
             most = same;
             from = i;
         }
         int64_t keeps = same == g->slots[i].known ? same + 1 : 0; /* nothing is lost there */
-        if (g->slots[i].text < 0 && (keeps > kept || (keeps == kept && g->slots[i].begun < g->slots[to].begun))) {
+        if (!g->slots[i].running && (keeps > kept || (keeps == kept && g->slots[i].begun < g->slots[to].begun))) {
             kept = keeps;
             shared = same;
             to = i;
         }
     }
-    *begun = to >= 0;
-    if (to < 0) return LLMPAR_OK;
     llmpar__slot *t = &g->slots[to];
     size_t id = (size_t)(s->s.k * s->s.e) * s->s.size; /* bytes of its k, or v */
     llmpar_status status = LLMPAR_OK;
@@ -133,9 +159,12 @@ static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, 
     }
     memcpy(s->host_ids + to * s->capacity + shared, desc->prompt + shared, (size_t)(desc->prompt_count - shared) * sizeof *desc->prompt); /* no copy is under way there */
     t->known = most;
-    t->text = text;
-    t->made = 0;
     t->begun = ++g->begun;
+    t->running = 1;
+    g->running++;
+    t->desc = *desc;
+    t->ids = ids;
+    t->count = count;
     t->rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
     int64_t last = 0;
     while (!status && t->known < desc->prompt_count) {
@@ -149,21 +178,46 @@ static llmpar_status llmpar__generator_begin(llmpar_generator *g, int32_t text, 
     return status ? status : llmpar__generator_next(g, to, 0);
 }
 
-/* One more id of each text that has begun; *rows: how many these are. */
-static llmpar_status llmpar__generator_step(llmpar_generator *g, int32_t *rows)
+static llmpar_status llmpar__generator_step(llmpar_generator *g)
 {
     llmpar__session *s = &g->session;
-    *rows = 0;
+    int32_t rows = 0;
     for (int64_t i = 0; i < s->slots; i++) {
         const llmpar__span span = { i, g->slots[i].known, 1 };
-        if (g->slots[i].text >= 0) s->spans[(*rows)++] = span;
+        if (g->slots[i].running) s->spans[rows++] = span;
     }
-    llmpar_status status = *rows ? llmpar__session_forward(s, *rows) : LLMPAR_OK;
-    if (!status && *rows) status = llmpar__session_head(s, 0, *rows);
-    for (int32_t i = 0; i < *rows && !status; i++) {
+    if (!rows) return LLMPAR_OK;
+    llmpar_status status = llmpar__session_forward(s, rows);
+    if (!status) status = llmpar__session_head(s, 0, rows);
+    for (int32_t i = 0; i < rows && !status; i++) {
         g->slots[s->spans[i].slot].known++;
         status = llmpar__generator_next(g, s->spans[i].slot, i);
     }
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_generator_begin(llmpar_generator *g, const llmpar_generate_desc *text, int32_t *ids, int32_t *count, int32_t *running)
+{
+    *count = *running = 0;
+    LLMPAR__NEED(g, NULL);
+    llmpar__session *s = &g->session;
+    *running = g->running;
+    llmpar_status status = llmpar__generate_check(s->model, text, 1, s->capacity);
+    if (!status && g->running == s->slots) status = llmpar_fail(s->model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %d texts are running, expected fewer than the generator's %d", (int)g->running, (int)s->slots);
+    if (!status) status = llmpar__generator_ready(g);
+    if (status) return status;
+    status = llmpar__generator_done(g, llmpar__generator_begin(g, text, ids, count));
+    *running = g->running;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_generator_step(llmpar_generator *g, int32_t *running)
+{
+    *running = 0;
+    LLMPAR__NEED(g, NULL);
+    llmpar_status status = llmpar__generator_ready(g);
+    if (!status) status = llmpar__generator_done(g, llmpar__generator_step(g));
+    *running = g->running;
     return status;
 }
 
@@ -202,29 +256,14 @@ LLMPAR_DEF llmpar_status llmpar_generator_run(llmpar_generator *g, const llmpar_
     LLMPAR__NEED(g, NULL);
     llmpar__session *s = &g->session;
     llmpar_status status = llmpar__generate_check(s->model, texts, count, s->capacity);
-    if (!status && !s->stream) status = s->device->stream_create(s->device, "generation", &s->stream);
+    if (!status) status = llmpar__generator_ready(g);
     if (status) return status;
-    g->texts = texts;
-    g->ids = ids;
-    g->counts = counts;
-    g->stopped = 0;
-    for (int64_t i = 0; i < s->slots; i++) g->slots[i].text = -1;
-    int32_t next = 0, rows = 1;
-    while (!status && (next < count || rows)) {
-        int begun = 1;
-        while (!status && next < count && begun) {
-            status = llmpar__generator_begin(g, next, &begun);
-            next += begun;
-        }
-        if (!status) status = llmpar__generator_step(g, &rows);
-    }
-    if (status && !g->stopped) { /* the cache is in doubt, and the stream, which may yet read ids, may stay failed */
-        for (int64_t i = 0; i < s->slots; i++) g->slots[i].known = 0;
-        s->device->synchronize(s->device, s->stream);
-        s->device->stream_destroy(s->device, s->stream);
-        s->stream = NULL;
-    }
-    return status;
+    int32_t next = 0;
+    do {
+        for (; next < count && g->running < s->slots && !status; next++) status = llmpar__generator_begin(g, &texts[next], ids[next], &counts[next]);
+        if (!status) status = llmpar__generator_step(g);
+    } while (!status && (next < count || g->running));
+    return llmpar__generator_done(g, status);
 }
 
 LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
