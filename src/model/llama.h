@@ -57,7 +57,7 @@ typedef struct llmpar_generate_desc {
     double top_p;             /* 0 or 1: off; else nucleus sampling (Holtzman et al. 2020) */
     uint64_t seed;            /* of sampling */
     int32_t stop_at_eos;      /* 1: ends after one of the config's eos ids */
-    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, on every rank; may be NULL */
+    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, on every rank, which all return the same; may be NULL */
     void (*on_end)(void *user); /* behind the last one, where nothing failed; may be NULL */
     void *user;
 } llmpar_generate_desc;
