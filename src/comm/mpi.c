@@ -180,12 +180,8 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
 static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
     size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = llmpar__mpi_step(tc, item, 1);
-    llmpar__mpi_slice s;
+    llmpar__mpi_slice s = {NULL, part, 0, item, n, NULL};
     llmpar_status st = LLMPAR_OK;
-    memset(&s, 0, sizeof s);
-    s.item = item;
-    s.parts = n;
-    s.stride = part;
     for (size_t b = 0; b < call->blocks; b++)
         for (size_t at = 0; at < call->count && !st; at += step) {
             s.base = send + b * n * part + at * item;
@@ -199,11 +195,8 @@ static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, cons
 static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, 0);
-    llmpar__mpi_slice s;
+    llmpar__mpi_slice s = {NULL, 0, 0, item, n, NULL};
     llmpar_status st = LLMPAR_OK;
-    memset(&s, 0, sizeof s);
-    s.item = item;
-    s.parts = n;
     for (size_t at = 0; at < total && !st; at += step) {
         size_t mine, theirs;
         s.base = send + at * item;
@@ -303,8 +296,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
-    if (st && tc->world->posted) return llmpar__mpi_abandon(tc, call, st); /* the device's */
-    if (st) return llmpar__mpi_failed(tc, st);                             /* the device's, or told already */
+    if (st) return tc->world->posted ? llmpar__mpi_abandon(tc, call, st) : llmpar__mpi_failed(tc, st); /* the device's; or told already */
     pthread_mutex_lock(&tc->world->lock);
     llmpar__mpi_seen(tc->world, tc->world->met, 1);
     tc->world->met = 0;

@@ -149,6 +149,13 @@ static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call 
 
 /* ---- data ---- */
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
+{
+    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
+    tc->world->posted = 0;
+    return st;
+}
+
 /* Waits until at most `most` messages are under way. */
 static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *call, int32_t most)
 {
@@ -178,21 +185,10 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
         pthread_mutex_unlock(&world->lock);
         if (world->posted > most && !st) llmpar__mpi_pause(world, &wait);
     }
-    if (st) {
-        llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
-        world->posted = 0;
-    }
-    return st;
+    return st ? llmpar__mpi_abandon(tc, call, st) : LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call) { return llmpar__mpi_until(tc, call, 0); }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
-{
-    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
-    tc->world->posted = 0;
-    return st;
-}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
 {
@@ -210,9 +206,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
         pthread_mutex_unlock(&world->lock);
         if (code) {
             *request = MPI_REQUEST_NULL;
-            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
-            world->posted = 0;
-            return st;
+            return llmpar__mpi_abandon(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code));
         }
         world->from[world->posted++] = receives ? tc->member[peer] : -1;
         memory = (char *)memory + now;

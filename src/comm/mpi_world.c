@@ -50,16 +50,21 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_error(llmpar_error *error, const c
 
 /* ---- notes ---- */
 
+static void llmpar__mpi_note_of(const llmpar_mpi_world *world, llmpar__mpi_note_kind kind, llmpar__mpi_note *out)
+{
+    out->kind = (int32_t)kind;
+    out->rank = world->rank;
+    llmpar_record_position(world->record, &out->position);
+    if (world->finished.sent && !world->aborted) out->position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    out->error = world->failure;
+}
+
 /* To all other ranks, once. */
 static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, llmpar__mpi_note_kind kind)
 {
     if (cast->sent) return;
     cast->sent = 1;
-    cast->note.kind = (int32_t)kind;
-    cast->note.rank = world->rank;
-    llmpar_record_position(world->record, &cast->note.position);
-    if (world->finished.sent && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
-    cast->note.error = world->failure;
+    llmpar__mpi_note_of(world, kind, &cast->note);
     for (int32_t k = 1; k < world->ranks; k++) {
         int32_t to = (world->rank + k) % world->ranks;
         if (MPI_Isend(&cast->note, (int)sizeof cast->note, MPI_BYTE, to, LLMPAR__MPI_NOTE_TAG, world->control, &cast->request[to])) cast->request[to] = MPI_REQUEST_NULL;
@@ -142,11 +147,7 @@ static void llmpar__mpi_beats(llmpar_mpi_world *world, double now)
         llmpar__mpi_beat *beat = &world->beat[i];
         int done = 1;
         if (beat->request != MPI_REQUEST_NULL && (MPI_Test(&beat->request, &done, MPI_STATUS_IGNORE) || !done)) continue; /* it does not take the last one either */
-        beat->note.kind = (int32_t)LLMPAR__MPI_BEAT;
-        beat->note.rank = world->rank;
-        llmpar_record_position(world->record, &beat->note.position);
-        if (world->finished.sent && !world->aborted) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
-        beat->note.error = world->failure;
+        llmpar__mpi_note_of(world, LLMPAR__MPI_BEAT, &beat->note);
         if (MPI_Isend(&beat->note, (int)sizeof beat->note, MPI_BYTE, beat->to, LLMPAR__MPI_NOTE_TAG, world->control, &beat->request)) beat->request = MPI_REQUEST_NULL;
     }
 }
@@ -161,9 +162,8 @@ static void llmpar__mpi_silence(llmpar_mpi_world *world, double attention)
         if (peer->silent < world->desc.silence) continue;
         peer->dead = 1;
         if (world->aborted) continue;
-        llmpar_error error;
+        LLMPAR__NO_ERROR(error);
         char where[320] = "never heard of";
-        llmpar_error_clear(&error);
         if (peer->position.state == LLMPAR_POSITION_INSIDE) llmpar_call_print(&peer->position.now, where, sizeof where);
         else if (peer->position.state != LLMPAR_POSITION_UNKNOWN) snprintf(where, sizeof where, "%s", peer->finished ? "returned" : "outside");
         llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "no sign of life from rank %d for %g s: killed, stopped or unreachable; it was last seen in: %s", (int)i, world->desc.silence, where);
@@ -394,8 +394,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
 {
     *out = NULL;
     int there = 0, over = 0, inter = 0, level = 0, main_thread = 1, rank = 0, ranks = 0;
-    llmpar_error unheard;
-    llmpar_error_clear(&unheard);
+    LLMPAR__NO_ERROR(unheard);
     if (!error) error = &unheard;
     MPI_Initialized(&there);
     if (!there) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
@@ -547,9 +546,8 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
         world->orderly = done;
         if (!done && !world->aborted) {
             int32_t late = 0;
-            llmpar_error error;
+            LLMPAR__NO_ERROR(error);
             while (late < world->ranks - 1 && (late == world->rank || (world->peer[late].bye && world->peer[late].flushed))) late++;
-            llmpar_error_clear(&error);
             llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "mpi: rank %d has not confirmed the end of the job within 10 s", (int)late);
             error.rank = late;
             llmpar__mpi_fail_locked(world, &error);
