@@ -311,10 +311,9 @@ static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, l
 
 LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
 {
-    llmpar_heap *heap;
     if (!file) return;
     llmpar__st_file *s = (llmpar__st_file *)file->state;
-    heap = s->heap;
+    llmpar_heap *heap = s->heap;
     llmpar_file_close(&s->source);
     llmpar_heap_free(heap, s->tensors);
     llmpar_heap_free(heap, s->names);
@@ -427,8 +426,8 @@ static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tens
     while (t->used % 8) llmpar__text_put(t, " ");
 }
 
-/* Everything the reader would refuse, before a file is created. *total: bytes of data. */
-static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
+/* Everything the reader would refuse, duplicate names too, before a file is created. *total: bytes of data. */
+static llmpar_status llmpar__st_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
     *total = 0;
     LLMPAR__NEED(path && (tensors || count < 1), error);
@@ -449,12 +448,6 @@ static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_saf
         if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || !llmpar_size_mul(bytes, (size_t)elements, &bytes) || !llmpar_size_add(*total, bytes, total))
             return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": its size, or that of the whole file, overflows", path, tensor->name);
     }
-    return LLMPAR_OK;
-}
-
-/* The reader refuses a duplicate name, so the writer must not make one. */
-static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
-{
     LLMPAR__NEED(heap, error);
     llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
     llmpar_status status = LLMPAR_OK;
@@ -471,8 +464,7 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
 {
     size_t total;
-    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
-    return status ? status : llmpar__st_check_names(heap, path, tensors, count, error);
+    return llmpar__st_check(heap, path, tensors, count, &total, error);
 }
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
@@ -480,8 +472,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
     unsigned char length[8];
     size_t total;
     *out = NULL;
-    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
-    if (!status) status = llmpar__st_check_names(heap, path, tensors, count, error);
+    llmpar_status status = llmpar__st_check(heap, path, tensors, count, &total, error);
     if (status) return status;
     llmpar__text header = llmpar__text_begin(NULL, 0);
     llmpar__st_put_header(&header, tensors, count);
@@ -549,9 +540,8 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_wri
 
 LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer)
 {
-    llmpar_heap *heap;
     if (!writer) return;
-    heap = writer->heap;
+    llmpar_heap *heap = writer->heap;
     llmpar_writer_abandon(writer->writer);
     llmpar_heap_free(heap, writer->path);
     llmpar_heap_free(heap, writer);
