@@ -286,7 +286,6 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
 {
     llmpar_heap *heap = &c->ctx->heap;
     char path[LLMPAR__CHECKPOINT_PATH];
-    int complete = 0;
     llmpar__checkpoint_file config, *files = (llmpar__checkpoint_file *)llmpar_heap_zalloc(heap, (size_t)c->ctx->world, sizeof *files);
     llmpar_status status = files ? LLMPAR_OK : llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     for (int32_t r = 0; r < c->ctx->world && !status; r++) {
@@ -298,7 +297,7 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
     snprintf(path, sizeof path, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
     if (!status) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, c->config ? &config : NULL, files, path, &c->error);
     llmpar_heap_free(heap, files);
-    return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &complete, &c->error);
+    return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &c->error);
 }
 
 /* All ranks have written, or failed to. */

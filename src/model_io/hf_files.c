@@ -320,15 +320,15 @@ static llmpar_status llmpar__hf_remove(const llmpar_hf_writer *w, const char *na
     return status;
 }
 
-static llmpar_status llmpar__hf_put_text(const llmpar_hf_writer *w, const char *name, const char *text, size_t bytes, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__hf_put_text(llmpar_heap *heap, const llmpar_io *io, const char *directory, const char *name, const char *text, llmpar_error *error)
 {
-    char *path = llmpar__hf_join(w->heap, w->directory, name, error);
+    char *path = llmpar__hf_join(heap, directory, name, error);
     llmpar_writer *writer = NULL;
-    llmpar_status status = path ? llmpar_writer_open(w->heap, w->io, path, &writer, error) : LLMPAR_ERR_MEMORY;
-    if (!status) status = llmpar_writer_write(writer, text, bytes, error);
+    llmpar_status status = path ? llmpar_writer_open(heap, io, path, &writer, error) : LLMPAR_ERR_MEMORY;
+    if (!status) status = llmpar_writer_write(writer, text, strlen(text), error);
     if (status) llmpar_writer_abandon(writer);
     else status = llmpar_writer_commit(writer, error);
-    llmpar_heap_free(w->heap, path);
+    llmpar_heap_free(heap, path);
     return status;
 }
 
@@ -370,7 +370,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     if (!status) {
         index = llmpar__text_begin(text, bytes + 1);
         llmpar__hf_put_index(w, &index);
-        status = llmpar__hf_put_text(w, LLMPAR__HF_INDEX, text, bytes, error);
+        status = llmpar__hf_put_text(w->heap, w->io, w->directory, LLMPAR__HF_INDEX, text, error);
     }
     llmpar_heap_free(w->heap, text);
     return status;
@@ -387,7 +387,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpa
     }
     if (!status && writer->files > 1) status = llmpar__hf_end_part(writer, error);
     /* Weights that find no room leave a config.json that stood here, and with it the old model, alone. */
-    if (!status && writer->config) status = llmpar__hf_put_text(writer, "config.json", writer->config, strlen(writer->config), error);
+    if (!status && writer->config) status = llmpar__hf_put_text(writer->heap, writer->io, writer->directory, "config.json", writer->config, error);
     if (!status && writer->files > 1) status = llmpar__hf_publish(writer, error);
     else if (!status) status = llmpar__hf_end_part(writer, error);
     if (!status && writer->files == 1) status = llmpar__hf_remove(writer, LLMPAR__HF_INDEX, error);
