@@ -114,12 +114,10 @@ static const char *llmpar__exec_category(llmpar_op op)
 static llmpar_status llmpar__exec_trace(llmpar__exec *exec, const llmpar_instruction *in, uint64_t *id)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_schedule one;
-    llmpar_trace_span span;
     *id = 0;
     if (!fsdp->trace || in->op == LLMPAR_OP_FREE) return LLMPAR_OK;
-    memset(&one, 0, sizeof one);
-    memset(&span, 0, sizeof span);
+    LLMPAR__ZEROED(llmpar_schedule, one);
+    LLMPAR__ZEROED(llmpar_trace_span, span);
     one.list = (llmpar_instruction *)(uintptr_t)in;
     one.count = 1;
     span.lane = (int32_t)in->stream;

@@ -134,15 +134,14 @@ static llmpar_status llmpar__exec_update(llmpar__exec *exec, int32_t unit, void 
 {
     llmpar_run *run = exec->run;
     const llmpar__flat *flat = &exec->fsdp->units[unit];
-    llmpar_update update;
     if (!run->optimizer || !llmpar__exec_counts(exec)) return LLMPAR_OK;
-    memset(&update, 0, sizeof update);
+    LLMPAR__ZEROED(llmpar_update, update);
     update.unit = unit;
     update.dtype = exec->fsdp->sum;
     update.elements = flat->shard_elements;
     update.param = param;
     update.grad = grad;
-    for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = state[i];
+    memcpy(update.state, state, sizeof update.state);
     update.segments = flat->segments;
     update.segment_count = flat->segment_count;
     update.grad_scale = exec->grad_scale;

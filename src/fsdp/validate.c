@@ -510,9 +510,8 @@ static llmpar_status llmpar__proof_walk(llmpar__proof *proof, llmpar__order *ord
 
 LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
 {
-    llmpar__proof proof;
     llmpar__order order;
-    memset(&proof, 0, sizeof proof);
+    LLMPAR__ZEROED(llmpar__proof, proof);
     proof.list = list;
     proof.count = count;
     proof.units = units;
