@@ -375,7 +375,7 @@ static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *
     const llmpar_json **member, *duplicate = NULL, *node, *swap;
     size_t count = 0, i;
     if (object->length < 2) return 1;
-    member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
+    member = LLMPAR__ALLOC(const llmpar_json *, p->heap, object->length);
     if (!member) {
         llmpar_error_set(p->error, LLMPAR_ERR_MEMORY, "%s: no memory to check %zu member names", p->name, object->length);
         return 0;

@@ -342,13 +342,13 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *member, int32_t ranks, int32_t rank, uint64_t context, const char *name, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     llmpar_heap *heap = world->heap;
-    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
+    llmpar__mpi_comm *tc = LLMPAR__ZALLOC(llmpar__mpi_comm, heap, 1);
     if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
     llmpar_comm *comm = &tc->comm;
     tc->world = world;
     world->comms++;
     tc->context = context;
-    tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
+    tc->member = LLMPAR__ALLOC(int32_t, heap, (size_t)ranks);
     comm->state = tc;
     if (!llmpar_halving_make(heap, ranks, rank, &tc->halving) || !tc->member) {
         llmpar__mpi_destroy(comm);
@@ -419,8 +419,8 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 {
     llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
     llmpar_heap *heap = tc->world->heap;
-    llmpar__mpi_place *place = (llmpar__mpi_place *)llmpar_heap_zalloc(heap, (size_t)comm->ranks, sizeof *place);
-    int32_t *member = (int32_t *)llmpar_heap_alloc(heap, (size_t)comm->ranks, sizeof *member);
+    llmpar__mpi_place *place = LLMPAR__ZALLOC(llmpar__mpi_place, heap, (size_t)comm->ranks);
+    int32_t *member = LLMPAR__ALLOC(int32_t, heap, (size_t)comm->ranks);
     *out = NULL;
     llmpar_status st = llmpar_order_wait(&tc->world->order);
     if (!st) st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
@@ -433,7 +433,7 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     *out = NULL;
-    int32_t *all = (int32_t *)llmpar_heap_alloc(world->heap, (size_t)world->ranks, sizeof *all);
+    int32_t *all = LLMPAR__ALLOC(int32_t, world->heap, (size_t)world->ranks);
     if (!all) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator world: out of memory for %d ranks", (int)world->ranks);
     for (int32_t i = 0; i < world->ranks; i++) all[i] = i;
     llmpar_status st = llmpar__mpi_make(world, all, world->ranks, world->rank, 0, "world", device, error, out);

@@ -251,7 +251,7 @@ static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, int ranks, llmpa
 
 static MPI_Request *llmpar__mpi_requests(llmpar_heap *heap, size_t count)
 {
-    MPI_Request *request = (MPI_Request *)llmpar_heap_alloc(heap, count, sizeof *request);
+    MPI_Request *request = LLMPAR__ALLOC(MPI_Request, heap, count);
     for (size_t i = 0; request && i < count; i++) request[i] = MPI_REQUEST_NULL;
     return request;
 }
@@ -265,9 +265,9 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     for (int32_t k = 1; k < world->ranks; k *= 2) world->beats++;
     world->inboxes = world->desc.direct < world->ranks ? world->desc.direct : world->ranks;
     if (world->inboxes < 2) world->inboxes = 2;
-    world->peer = (llmpar__mpi_peer *)llmpar_heap_zalloc(world->heap, n, sizeof *world->peer);
-    world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
-    world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
+    world->peer = LLMPAR__ZALLOC(llmpar__mpi_peer, world->heap, n);
+    world->beat = LLMPAR__ZALLOC(llmpar__mpi_beat, world->heap, (size_t)world->beats);
+    world->inbox = LLMPAR__ZALLOC(llmpar__mpi_header, world->heap, (size_t)world->inboxes);
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
     world->casting = llmpar__mpi_requests(world->heap, 5 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
@@ -411,7 +411,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     if (!code) code = MPI_Comm_size(from, &ranks);
     if (code) return llmpar__mpi_error(error, "MPI_Comm_size", code);
 
-    llmpar_mpi_world spare, *world = (llmpar_mpi_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    llmpar_mpi_world spare, *world = LLMPAR__ZALLOC(llmpar_mpi_world, heap, 1);
     int alone = !world; /* out of memory: takes part in the agreement all the same */
     if (alone) {
         world = &spare;

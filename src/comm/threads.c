@@ -215,7 +215,7 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
     if (!channels) {
         pthread_mutex_lock(&tc->world->lock);
         channels = group->channels;
-        if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
+        if (!channels) channels = LLMPAR__ZALLOC(llmpar__threads_channel, tc->world->heap, n * n);
         __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&tc->world->lock);
         if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
@@ -309,9 +309,9 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
 /* This rank's half of `group`. On failure the reference to the group is given back. */
 static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_record *record, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
-    llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
-    const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
-    void **outputs = (void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *outputs);
+    llmpar__threads_comm *tc = LLMPAR__ZALLOC(llmpar__threads_comm, heap, 1);
+    const void **inputs = LLMPAR__ALLOC(const void *, heap, (size_t)group->ranks);
+    void **outputs = LLMPAR__ALLOC(void *, heap, (size_t)group->ranks);
     if (tc) {
         tc->comm.axis = group->axis;
         tc->comm.ranks = group->ranks;
@@ -375,7 +375,7 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     }
     llmpar__threads_group *group = NULL;
     if (leader == comm->rank) {
-        int32_t *members = (int32_t *)llmpar_heap_alloc(tc->heap, (size_t)ranks, sizeof *members);
+        int32_t *members = LLMPAR__ALLOC(int32_t, tc->heap, (size_t)ranks);
         if (members) {
             for (int32_t i = 0; i < n; i++) {
                 int32_t place = 0, other[2];

@@ -161,7 +161,7 @@ static llmpar_status llmpar__exec_events(llmpar_fsdp *fsdp, const llmpar_instruc
 {
     llmpar_heap *heap = &fsdp->ctx->heap;
     if (count > fsdp->event_count) {
-        llmpar_event **event = (llmpar_event **)llmpar_heap_zalloc(heap, (size_t)count, sizeof *event);
+        llmpar_event **event = LLMPAR__ZALLOC(llmpar_event *, heap, (size_t)count);
         if (!event) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d events", (int)count);
         if (fsdp->event_count) memcpy(event, fsdp->event, (size_t)fsdp->event_count * sizeof *event);
         llmpar_heap_free(heap, fsdp->event);
@@ -240,7 +240,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
         if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
     }
     unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
-    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, 2 * (size_t)exec.micro_batches + 1, sizeof *exec.micro);
+    exec.micro = LLMPAR__ALLOC(llmpar_micro, heap, 2 * (size_t)exec.micro_batches + 1);
     llmpar_status status = LLMPAR_OK;
     if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);
     for (int32_t m = 0; m < exec.micro_batches && !status; m++) {
@@ -255,9 +255,9 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         llmpar__flat *flat = &fsdp->units[u];
         flat->sized = NULL;
-        flat->output = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->saved = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->dinput = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        flat->output = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
+        flat->saved = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
+        flat->dinput = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
         if (!flat->output || !flat->saved || !flat->dinput) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d micro-batches", (int)exec.micro_batches);
     }
     if (!status) status = llmpar__exec_events(fsdp, list, count, awaited);

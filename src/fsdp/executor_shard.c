@@ -270,7 +270,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const 
         llmpar__flat *flat = &fsdp->units[u];
         flat->grad_stored = 0;
         if (flat->activation_count >= exec->micro_batches) continue;
-        llmpar__place *place = (llmpar__place *)llmpar_heap_zalloc(heap, 2 * (size_t)exec->micro_batches, sizeof *place);
+        llmpar__place *place = LLMPAR__ZALLOC(llmpar__place, heap, 2 * (size_t)exec->micro_batches);
         if (!place) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "offload: no memory for %d micro-batches", (int)exec->micro_batches);
         if (flat->activation_count) memcpy(place, flat->activation_place, 2 * (size_t)flat->activation_count * sizeof *place);
         llmpar_heap_free(heap, flat->activation_place);

@@ -121,13 +121,13 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     for (size_t i = 0; i < n; i++)
         if (unit->params[i].dims < 0 || unit->params[i].dims > LLMPAR_MAX_DIMS) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SHAPE, "%s: %d dims, expected 0 .. %d", unit->params[i].name, (int)unit->params[i].dims, LLMPAR_MAX_DIMS);
     flat->unit.name = llmpar_heap_strdup(heap, unit->name);
-    llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
+    llmpar_param *params = LLMPAR__ZALLOC(llmpar_param, heap, n + 1);
     flat->unit.params = params;
-    flat->layout = (int64_t *)llmpar_heap_zalloc(heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP], sizeof(int64_t));
-    flat->count = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
-    flat->segments = (llmpar_segment *)llmpar_heap_zalloc(heap, n + 1, sizeof(llmpar_segment));
-    flat->params = (void **)llmpar_heap_zalloc(heap, n + 1, sizeof(void *));
-    flat->grads = (void **)llmpar_heap_zalloc(heap, 2 * n + 1, sizeof(void *));
+    flat->layout = LLMPAR__ZALLOC(int64_t, heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP]);
+    flat->count = LLMPAR__ZALLOC(int64_t, heap, n + 1);
+    flat->segments = LLMPAR__ZALLOC(llmpar_segment, heap, n + 1);
+    flat->params = LLMPAR__ZALLOC(void *, heap, n + 1);
+    flat->grads = LLMPAR__ZALLOC(void *, heap, 2 * n + 1);
     int missing = !flat->unit.name || !params || !flat->layout || !flat->count || !flat->segments || !flat->params || !flat->grads;
     for (int i = 0; i < LLMPAR__LABEL_COUNT && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
     for (size_t i = 0; i < n && !missing; i++) {
@@ -253,7 +253,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
                     if (!strcmp(fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.params[j].name))
                         status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "parameter name %s stands in units %s and %s, expected once", fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.name, fsdp->units[u].unit.name);
     int32_t ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
-    fsdp->parts = (const void **)llmpar_heap_zalloc(&ctx->heap, (size_t)(ranks > fsdp->replicas ? ranks : fsdp->replicas), sizeof *fsdp->parts);
+    fsdp->parts = LLMPAR__ZALLOC(const void *, &ctx->heap, (size_t)(ranks > fsdp->replicas ? ranks : fsdp->replicas));
     if (!status && !fsdp->parts) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d ranks", (int)ranks);
     void *scalars = NULL;
     if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t), "loss and norm", &scalars);
@@ -342,7 +342,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     *out = NULL;
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: no desc");
     if (unit_count < 1 || !units) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: %d units%s, expected at least 1", (int)unit_count, units ? "" : " at NULL");
-    llmpar_fsdp *fsdp = (llmpar_fsdp *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *fsdp);
+    llmpar_fsdp *fsdp = LLMPAR__ZALLOC(llmpar_fsdp, &ctx->heap, 1);
     if (!fsdp) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory");
     fsdp->ctx = ctx;
     fsdp->mesh = mesh;
@@ -354,7 +354,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     if (!status && desc->graphs) status = llmpar__fsdp_graphs(fsdp, units, unit_count);
     if (!status) {
         fsdp->unit_count = unit_count;
-        fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
+        fsdp->units = LLMPAR__ZALLOC(llmpar__flat, &ctx->heap, (size_t)unit_count);
         status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
     }
     if (!status) status = llmpar_arena_reserve(fsdp->arena, desc->memory_reserve);

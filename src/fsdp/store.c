@@ -41,7 +41,7 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_create(llmpar_ctx *ctx, const char *directory, int file, int count_only, llmpar__store **out)
 {
     *out = NULL;
-    llmpar__store *store = (llmpar__store *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *store);
+    llmpar__store *store = LLMPAR__ZALLOC(llmpar__store, &ctx->heap, 1);
     if (!store) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: out of memory");
     store->ctx = ctx;
     store->fd = -1;

@@ -525,7 +525,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     if (status) return status;
     proof.first = proof.policy.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
     proof.passes = proof.policy.update == LLMPAR_UPDATE_TWO_PASSES && !proof.policy.forward_only ? 2 : 1;
-    proof.state = (llmpar__unit_state *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof *proof.state);
+    proof.state = LLMPAR__ZALLOC(llmpar__unit_state, heap, (size_t)unit_count);
     proof.saved = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)unit_count, (size_t)proof.policy.micro_batches);
     status = proof.state && proof.saved ? llmpar__order_create(&order, heap, list, count, units, unit_count, &proof.policy) : LLMPAR_ERR_MEMORY;
     if (status) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);

@@ -195,7 +195,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     size_t length = strlen(path);
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
-    writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
+    writer = LLMPAR__ZALLOC(llmpar_writer, heap, 1);
     if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
     writer->heap = heap;
     writer->io = llmpar__file_io(io);

@@ -213,7 +213,7 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
         name_bytes += entry->key_length + 1; /* each byte stands in a header of at most 10^8 */
     }
     if (status) return status;
-    s->tensors = (llmpar_safetensor *)llmpar_heap_zalloc(s->heap, count, sizeof *s->tensors);
+    s->tensors = LLMPAR__ZALLOC(llmpar_safetensor, s->heap, count);
     s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
     if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
     for (const llmpar_json *entry = root->child; entry; entry = entry->next) {
@@ -296,7 +296,7 @@ static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, si
 /* An empty file object with its path, or NULL. */
 static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, llmpar_error *error)
 {
-    llmpar__st_file *s = (llmpar__st_file *)llmpar_heap_zalloc(heap, 1, sizeof *s);
+    llmpar__st_file *s = LLMPAR__ZALLOC(llmpar__st_file, heap, 1);
     if (s) {
         s->heap = heap;
         s->file.state = s;
@@ -449,7 +449,7 @@ static llmpar_status llmpar__st_check(llmpar_heap *heap, const char *path, const
             return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": its size, or that of the whole file, overflows", path, tensor->name);
     }
     LLMPAR__NEED(heap, error);
-    llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
+    llmpar_safetensor *sorted = LLMPAR__ALLOC(llmpar_safetensor, heap, (size_t)count);
     llmpar_status status = LLMPAR_OK;
     if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
     if (count) memcpy(sorted, tensors, (size_t)count * sizeof *sorted);
@@ -480,7 +480,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
         return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
     size_t capacity = header.used + 1;
     char *text = (char *)llmpar_heap_alloc(heap, capacity, 1);
-    llmpar_safetensors_writer *w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    llmpar_safetensors_writer *w = LLMPAR__ZALLOC(llmpar_safetensors_writer, heap, 1);
     if (w) {
         w->heap = heap;
         w->expected = total;

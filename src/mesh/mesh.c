@@ -78,7 +78,7 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     const llmpar_device *device = ctx->device; /* whoever brings an own one is told here, before anything is called */
     if (device->abi != LLMPAR_DEVICE_ABI || device->size < sizeof *device)
         return llmpar_fail(ctx, LLMPAR_ERR_ABI, "mesh: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", (unsigned)device->abi, (unsigned)device->size, LLMPAR_DEVICE_ABI, (unsigned long)sizeof *device);
-    llmpar_mesh *mesh = (llmpar_mesh *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *mesh);
+    llmpar_mesh *mesh = LLMPAR__ZALLOC(llmpar_mesh, &ctx->heap, 1);
     if (!mesh) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "mesh: out of memory");
     mesh->ctx = ctx;
     mesh->world = ctx->comm;

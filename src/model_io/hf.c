@@ -259,7 +259,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     llmpar_ctx *ctx = file->ctx;
     int32_t count = 0, at = 0;
     for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
-    llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
+    llmpar_safetensor *tensors = LLMPAR__ZALLOC(llmpar_safetensor, &ctx->heap, (size_t)count + 1);
     file->tensors = tensors;
     if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
     for (int32_t u = 0; u < file->count; u++) {
@@ -299,13 +299,13 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
         if (units[u] < 0 || units[u] >= all) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: unit %d, expected 0 to %d", path, (int)units[u], (int)all - 1);
     if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
-    llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
+    llmpar_tensor_file *file = LLMPAR__ZALLOC(llmpar_tensor_file, &ctx->heap, 1);
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     file->fsdp = fsdp;
     file->ctx = ctx;
     file->dtype = desc && desc->dtype != LLMPAR_DTYPE_DEFAULT ? desc->dtype : dtype;
     file->count = count;
-    file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
+    file->units = LLMPAR__ALLOC(int32_t, &ctx->heap, (size_t)file->count + 1);
     if (!file->units) {
         llmpar_heap_free(&ctx->heap, file);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);

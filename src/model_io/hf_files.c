@@ -73,9 +73,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *te
         else status = LLMPAR__HF_BAD("metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
     }
     if (!status) {
-        out->tensor = (const char **)llmpar_heap_alloc(heap, map->length, sizeof *out->tensor);
-        out->place = (int32_t *)llmpar_heap_alloc(heap, map->length, sizeof *out->place);
-        out->file = (const char **)llmpar_heap_alloc(heap, map->length < LLMPAR_HF_MAX_FILES ? map->length : LLMPAR_HF_MAX_FILES, sizeof *out->file);
+        out->tensor = LLMPAR__ALLOC(const char *, heap, map->length);
+        out->place = LLMPAR__ALLOC(int32_t, heap, map->length);
+        out->file = LLMPAR__ALLOC(const char *, heap, map->length < LLMPAR_HF_MAX_FILES ? map->length : LLMPAR_HF_MAX_FILES);
         if (!out->tensor || !out->place || !out->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensors", name, map->length);
     }
     for (const llmpar_json *entry = status ? NULL : map->child; entry && !status; entry = entry->next) status = llmpar__hf_index_entry(out, entry, name, error);
@@ -147,7 +147,7 @@ static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar
     if (!status) status = llmpar_hf_index_parse(files->heap, text, bytes, files->path, &index, error);
     llmpar_heap_free(files->heap, text);
     if (!status) {
-        files->file = (llmpar_safetensors **)llmpar_heap_zalloc(files->heap, (size_t)index.files, sizeof *files->file);
+        files->file = LLMPAR__ZALLOC(llmpar_safetensors *, files->heap, (size_t)index.files);
         if (!files->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d files", files->path, (int)index.files);
     }
     for (int32_t f = 0; f < index.files && !status; f++) {
@@ -166,9 +166,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io
     *out = NULL;
     LLMPAR__NEED(heap && directory, error);
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
-    llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
+    llmpar_hf_files *files = LLMPAR__ZALLOC(llmpar_hf_files, heap, 1);
     int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
-    llmpar_safetensors **file = sharded ? NULL : (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *file);
+    llmpar_safetensors **file = sharded ? NULL : LLMPAR__ZALLOC(llmpar_safetensors *, heap, 1);
     llmpar_status status = single && index && files && (sharded || file) ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     llmpar_heap_free(heap, sharded ? single : index);
     if (!files) {
@@ -250,7 +250,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_i
 {
     *out = NULL;
     LLMPAR__NEED(heap && directory, error);
-    llmpar_hf_writer *w = (llmpar_hf_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    llmpar_hf_writer *w = LLMPAR__ZALLOC(llmpar_hf_writer, heap, 1);
     llmpar_status status = LLMPAR_OK;
     if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     w->heap = heap;

@@ -152,7 +152,7 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
         if (device->size < offsetof(llmpar_device, sgd) + sizeof device->sgd || !device->sgd)
             return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: device %s has no sgd", llmpar_optim_name(resolved.kind), device->name);
     }
-    llmpar_optim *optim = (llmpar_optim *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *optim);
+    llmpar_optim *optim = LLMPAR__ZALLOC(llmpar_optim, &ctx->heap, 1);
     if (!optim) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", llmpar_optim_name(resolved.kind));
     optim->fsdp = fsdp;
     optim->heap = &ctx->heap;

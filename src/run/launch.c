@@ -164,7 +164,7 @@ static llmpar_status llmpar__launch_places(llmpar__launch_job *job, llmpar_error
     llmpar_launch_desc *desc = &job->desc;
     llmpar__processors allowed;
     llmpar__processors_allowed(&allowed);
-    int32_t *order = (int32_t *)llmpar_heap_alloc(&job->heap, (size_t)allowed.count, sizeof *order);
+    int32_t *order = LLMPAR__ALLOC(int32_t, &job->heap, (size_t)allowed.count);
     if (!order) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
     int32_t cores = llmpar__processors_cores(&allowed, order);
     if (!desc->threads) desc->threads = desc->lockstep ? 1 : llmpar__processors_share(cores, desc->ranks);
@@ -251,8 +251,8 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     desc.ranks = ranks;
     llmpar_heap heap;
     llmpar_heap_init(&heap, desc.allocator);
-    llmpar__launch_job *job = (llmpar__launch_job *)llmpar_heap_zalloc(&heap, 1, sizeof *job);
-    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
+    llmpar__launch_job *job = LLMPAR__ZALLOC(llmpar__launch_job, &heap, 1);
+    llmpar__launch_rank *rank = LLMPAR__ZALLOC(llmpar__launch_rank, &heap, (size_t)ranks);
     if (!job || !rank) {
         llmpar_heap_free(&heap, rank);
         llmpar_heap_free(&heap, job);

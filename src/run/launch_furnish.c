@@ -178,7 +178,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 {
     if (ctx->world == 1) return LLMPAR_OK;
-    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
+    uint64_t mine = 0, *all = LLMPAR__ZALLOC(uint64_t, &ctx->heap, (size_t)ctx->world);
     if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
     llmpar_collective call = llmpar__comm_collective(&mine, all, 1, LLMPAR_U64, "launch/self_test");
     llmpar_status st = llmpar__launch_self_test(ctx, &mine);

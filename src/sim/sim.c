@@ -73,7 +73,7 @@ static size_t llmpar__sim_embedding_backward_workspace(llmpar_device *device, co
 
 LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out)
 {
-    llmpar__sim *sim = (llmpar__sim *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    llmpar__sim *sim = LLMPAR__ZALLOC(llmpar__sim, heap, 1);
     *out = NULL;
     if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for the device");
     llmpar_device *table = &sim->table;
@@ -156,7 +156,7 @@ static llmpar_status llmpar__sim_split(llmpar_comm *comm, int32_t color, int32_t
 
 LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out)
 {
-    llmpar__sim_comm *sim = (llmpar__sim_comm *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    llmpar__sim_comm *sim = LLMPAR__ZALLOC(llmpar__sim_comm, heap, 1);
     *out = NULL;
     if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for communicator %s", of->axis);
     llmpar_comm *comm = &sim->comm;

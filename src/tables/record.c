@@ -182,7 +182,7 @@ static uint64_t llmpar__record_now(void)
 
 LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
 {
-    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
+    llmpar_record *record = *out = LLMPAR__ZALLOC(llmpar_record, heap, 1);
     if (!record) return LLMPAR_ERR_MEMORY;
     record->heap = heap;
     record->rank = rank;
@@ -216,12 +216,12 @@ LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm
         }
         same_name++;
     }
-    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
+    int32_t *members = LLMPAR__ALLOC(int32_t, record->heap, n);
     llmpar__record_group *grown = NULL, *old = record->groups;
     int32_t capacity = record->group_capacity;
     if (members && record->group_count == capacity) {
         capacity = capacity ? 2 * capacity : 8;
-        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
+        grown = LLMPAR__ZALLOC(llmpar__record_group, record->heap, (size_t)capacity);
     }
     if (!members || (record->group_count == record->group_capacity && !grown)) {
         llmpar_heap_free(record->heap, members);

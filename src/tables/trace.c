@@ -51,7 +51,7 @@ static uint64_t llmpar__trace_now(void) { return llmpar__trace_clock(CLOCK_MONOT
 
 LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out)
 {
-    llmpar_trace *trace = *out = (llmpar_trace *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *trace);
+    llmpar_trace *trace = *out = LLMPAR__ZALLOC(llmpar_trace, &ctx->heap, 1);
     if (!trace) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trace: out of memory");
     trace->ctx = ctx;
     trace->limit = limit ? limit : 262144;
@@ -89,7 +89,7 @@ static llmpar__trace_event *llmpar__trace_add(llmpar_trace *trace)
 {
     uint64_t at = trace->count % LLMPAR__TRACE_BLOCK;
     if (trace->count < trace->limit && at == 0) {
-        llmpar__trace_block *block = (llmpar__trace_block *)llmpar_heap_zalloc(&trace->ctx->heap, 1, sizeof *block);
+        llmpar__trace_block *block = LLMPAR__ZALLOC(llmpar__trace_block, &trace->ctx->heap, 1);
         if (!block) trace->limit = trace->count;
         else if (trace->last) trace->last->next = block;
         else trace->first = block;
@@ -280,7 +280,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
     out.world = world;
     out.sink = sink;
     out.user = user;
-    int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
+    int64_t *all = LLMPAR__ZALLOC(int64_t, &trace->ctx->heap, 2 * (size_t)world->ranks);
     if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
     llmpar__trace_agree(&out, all);
     llmpar_heap_free(&trace->ctx->heap, all);
