@@ -21,7 +21,6 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #define LLMPAR__THREADS_YIELDS 4
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
@@ -473,12 +472,10 @@ LLMPAR_DEF size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t 
 /* When the rank last gave a sign of life. Its record has the time of day: taken as an age. */
 static double llmpar__threads_seen(llmpar_threads_world *world, int32_t rank)
 {
-    struct timespec t;
     llmpar_position p;
-    clock_gettime(CLOCK_REALTIME, &t);
     llmpar__threads_position(world, rank, &p);
-    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__clock_seconds();
-    double seen = p.time_ns && age > 0 ? now - age : now;
+    int64_t age = (int64_t)(llmpar__clock_ns(CLOCK_REALTIME) - p.time_ns);
+    double seen = llmpar__clock_seconds() - (p.time_ns && age > 0 ? 1e-9 * (double)age : 0);
     return seen > world->rank[rank].seen ? seen : world->rank[rank].seen;
 }
 

@@ -217,10 +217,10 @@ static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
     llmpar_status status = LLMPAR_OK;
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++) status = device->stream_create(device, names[s], &fsdp->stream[s]);
     const llmpar_comm *world = fsdp->mesh->world;
-    const char *alone = world->size >= offsetof(llmpar_comm, one_thread) + sizeof world->one_thread ? world->one_thread : NULL;
+    const char *alone = LLMPAR__HAS(world, one_thread) ? world->one_thread : NULL;
     if (!status && overlap && alone) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: overlap: %s, expected collectives that run on any thread", alone);
     /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
-    int threads = device->size >= offsetof(llmpar_device, stream_thread) + sizeof device->stream_thread && device->stream_thread, file = 0;
+    int threads = LLMPAR__HAS(device, stream_thread), file = 0;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
     for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
     if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
@@ -325,7 +325,7 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
 static llmpar_status llmpar__fsdp_graphs(llmpar_fsdp *fsdp, const llmpar_unit *units, int32_t unit_count)
 {
     const llmpar_device *device = fsdp->device;
-    if (device->size < offsetof(llmpar_device, region_end) + sizeof device->region_end || !device->region_begin || !device->region_end)
+    if (!LLMPAR__HAS(device, region_end) || !device->region_begin)
         return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: graphs on device %s, which has none; expected a CUDA device in mode fast", device->name);
     for (int32_t u = 0; u < unit_count; u++)
         for (int32_t i = 0; i < units[u].forward_count + units[u].backward_count; i++) {

@@ -148,7 +148,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
     llmpar_mesh *mesh = llmpar_fsdp_mesh(optim->fsdp);
     llmpar_ctx *ctx = mesh->ctx;
     llmpar_device *device = ctx->device;
-    if (device->size < offsetof(llmpar_device, adalomo) + sizeof device->adalomo || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square || !device->adalomo)
+    if (!LLMPAR__HAS(device, adalomo) || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square)
         return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "adalomo: device %s lacks largest, factor_sum, factor_moment, adalomo_square or adalomo", device->name);
     llmpar__adalomo *a = LLMPAR__ZALLOC(llmpar__adalomo, optim->heap, 1);
     if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory");

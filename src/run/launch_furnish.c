@@ -100,7 +100,7 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_failure(const llmpar_ctx *ctx, llmpar_st
 
 LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error)
 {
-    if (ctx->comm && ctx->comm != ctx->host_comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, abort) && ctx->comm->abort) ctx->comm->abort(ctx->comm, error);
+    if (ctx->comm && ctx->comm != ctx->host_comm && LLMPAR__HAS(ctx->comm, abort)) ctx->comm->abort(ctx->comm, error);
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
@@ -114,7 +114,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backen
 
 LLMPAR__PRIVATE_DEF llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx)
 {
-    if (ctx->comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, record) && ctx->comm->record) return ctx->comm->record;
+    if (ctx->comm && LLMPAR__HAS(ctx->comm, record)) return ctx->comm->record;
     return ctx->host_comm ? ctx->host_comm->record : NULL;
 }
 

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/heap.h"
+#include "tables/tables_internal.h"
 
 #if !defined(LLMPAR_NO_SIM)
 
@@ -94,7 +95,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_erro
     table->stream_destroy = llmpar__sim_stream_destroy;
     table->synchronize = llmpar__sim_synchronize;
     /* As the device can or not, so that a recipe is refused in the plan where it would be. */
-    if (of->size >= offsetof(llmpar_device, stream_thread) + sizeof of->stream_thread && of->stream_thread) table->stream_thread = llmpar__sim_stream_thread;
+    if (LLMPAR__HAS(of, stream_thread)) table->stream_thread = llmpar__sim_stream_thread;
     table->apart = llmpar_device_apart(of);
     table->event_create = llmpar__sim_event_create;
     table->event_destroy = llmpar__sim_event_destroy;
@@ -170,7 +171,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
     comm->axis = of->axis;
     comm->device = device;
     comm->error = error;
-    comm->one_thread = of->size >= offsetof(llmpar_comm, one_thread) + sizeof of->one_thread ? of->one_thread : NULL;
+    comm->one_thread = LLMPAR__HAS(of, one_thread) ? of->one_thread : NULL;
     comm->state = sim;
     comm->split = llmpar__sim_split;
     comm->destroy = llmpar__sim_comm_destroy;

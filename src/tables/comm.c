@@ -57,7 +57,7 @@ static llmpar_status llmpar__comm_completed(void *arg)
 }
 
 /* Is there a description of the call that the slot was asked for? */
-static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return LLMPAR__HAS(comm, call) ? comm->call : NULL; }
 
 LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
 {

@@ -7,8 +7,8 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
+#include "base/clock_internal.h"
 #include "base/json.h"
 #include "base/text_internal.h"
 
@@ -173,12 +173,7 @@ static void llmpar__record_lock(llmpar_record *record)
 }
 static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
 
-static uint64_t llmpar__record_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
+static uint64_t llmpar__record_now(void) { return llmpar__clock_ns(CLOCK_REALTIME); } /* the dumps of several machines are read together */
 
 LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
 {

@@ -4,8 +4,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
+#include "base/clock_internal.h"
 #include "base/json.h"
 #include "tables/tables_internal.h"
 
@@ -40,14 +40,7 @@ struct llmpar_trace {
     char text[LLMPAR__TRACE_TEXT];   /* of write */
 };
 
-static uint64_t llmpar__trace_clock(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t llmpar__trace_now(void) { return llmpar__trace_clock(CLOCK_MONOTONIC); } /* one for all processes of a machine */
+static uint64_t llmpar__trace_now(void) { return llmpar__clock_ns(CLOCK_MONOTONIC); } /* one for all processes of a machine */
 
 LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out)
 {
@@ -56,7 +49,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, ll
     trace->ctx = ctx;
     trace->limit = limit ? limit : 262144;
     trace->created_ns = llmpar__trace_now();
-    trace->clock_ns = (int64_t)(llmpar__trace_clock(CLOCK_REALTIME) - trace->created_ns);
+    trace->clock_ns = (int64_t)(llmpar__clock_ns(CLOCK_REALTIME) - trace->created_ns);
     return LLMPAR_OK;
 }
 
