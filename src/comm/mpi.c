@@ -79,7 +79,7 @@ static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call
     if (st) return st;
     llmpar_heap_free(world->heap, world->scratch);
     world->scratch_bytes = 0;
-    world->scratch = (char *)llmpar_heap_alloc(world->heap, bytes, 1);
+    world->scratch = LLMPAR__ALLOC(char, world->heap, bytes);
     if (!world->scratch) return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
     world->scratch_bytes = bytes;
     return LLMPAR_OK;

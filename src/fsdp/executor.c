@@ -80,8 +80,8 @@ static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_i
 {
     switch (in->op) {
     case LLMPAR_OP_FORWARD:
-    case LLMPAR_OP_RECOMPUTE:
-    case LLMPAR_OP_BACKWARD: return llmpar__exec_unit(exec, in);
+    case LLMPAR_OP_RECOMPUTE: return llmpar__exec_forward(exec, in);
+    case LLMPAR_OP_BACKWARD: return llmpar__exec_backward(exec, in);
     case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
     default: return llmpar__exec_shard(exec, in);
     }
@@ -239,7 +239,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
         if (fsdp->units[u].held || fsdp->units[u].held_state) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: its shard or state is still fetched by hand, expected shard_done and optimizer_done before a step", fsdp->units[u].unit.name);
         if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
     }
-    unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
+    unsigned char *awaited = LLMPAR__ZALLOC(unsigned char, heap, (size_t)count + 1);
     exec.micro = LLMPAR__ALLOC(llmpar_micro, heap, 2 * (size_t)exec.micro_batches + 1);
     llmpar_status status = LLMPAR_OK;
     if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);

@@ -82,7 +82,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
         llmpar_fsdp_dtensor(fsdp, index, i, &tensor);
         llmpar_status status = llmpar_dtensor_check(&tensor, fsdp->mesh->degree, &ctx->error);
         if (status) return status;
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        llmpar__mesh_local(fsdp->mesh, &tensor, &local);
         if (local.flat_count == 0) continue;
         llmpar_segment *segment = &flat->segments[flat->segment_count++];
         segment->param = i;
@@ -101,7 +101,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
 static char *llmpar__flat_label(llmpar_heap *heap, const char *unit, const char *what)
 {
     size_t bytes = strlen(unit) + strlen(what) + 2;
-    char *text = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    char *text = LLMPAR__ALLOC(char, heap, bytes);
     if (text) snprintf(text, bytes, "%s/%s", unit, what);
     return text;
 }
@@ -158,7 +158,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, v
         llmpar_dtensor tensor;
         llmpar_local local;
         llmpar_fsdp_dtensor(fsdp, index, segment->param, &tensor);
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        llmpar__mesh_local(fsdp->mesh, &tensor, &local);
         for (int64_t done = 0; done < segment->count && !status;) {
             int64_t run, count = segment->count - done;
             int64_t first = llmpar_dtensor_run(&tensor, &local, local.flat_begin + done, &run);
@@ -209,8 +209,8 @@ static llmpar_status llmpar__flat_memory(llmpar_fsdp *fsdp, int32_t index)
     return status;
 }
 
-/* Streams, each with a thread of its own where that was asked for; then no communicator serves two of them. */
-static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
+/* Streams, each with a thread of its own where that was asked for (file: something is offloaded to one); then no communicator serves two of them. */
+static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap, int file)
 {
     static const char *const names[] = {"compute", "gather", "reduce", "tp", "offload"};
     llmpar_device *device = fsdp->device;
@@ -220,8 +220,7 @@ static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
     const char *alone = LLMPAR__HAS(world, one_thread) ? world->one_thread : NULL;
     if (!status && overlap && alone) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: overlap: %s, expected collectives that run on any thread", alone);
     /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
-    int threads = LLMPAR__HAS(device, stream_thread), file = 0;
-    for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
+    int threads = LLMPAR__HAS(device, stream_thread);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
     if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++)
@@ -243,7 +242,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
     llmpar_status status = LLMPAR_OK;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
     if (fsdp->policy.offload) status = llmpar__store_create(ctx, desc->offload_dir, file, desc->count_only, &fsdp->store);
-    if (!status) status = llmpar__fsdp_streams(fsdp, desc->overlap);
+    if (!status) status = llmpar__fsdp_streams(fsdp, desc->overlap, file);
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_copy(fsdp, u, &units[u]);
     /* Names are keys of files and of the random numbers: twice the same would be a silent copy. */
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++)

@@ -24,7 +24,7 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
 {
     llmpar_ctx *ctx = store->ctx;
     size_t bytes = strlen(directory) + 80;
-    store->path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    store->path = LLMPAR__ALLOC(char, &ctx->heap, bytes);
     llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__STORE_CHUNK, &store->staging);
     if (!store->path || status) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
     /* A name that somebody else's left-over or another process space with the same ids has is not ours: the next one. */
@@ -143,7 +143,7 @@ static llmpar_status llmpar__store_chunk(void *arg)
                             number < 0 ? "the file ends before them" : strerror(number));
 }
 
-static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, char *memory, const char *label, int write)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label, int write)
 {
     llmpar_device *device = store->ctx->device;
     if (store->count_only) return LLMPAR_OK;
@@ -152,20 +152,11 @@ static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream 
     for (uint64_t at = 0; at < place->used && !status; at += LLMPAR__STORE_CHUNK) {
         const size_t bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
         const llmpar__store_job job = {store, label, place->offset + at, bytes, write};
-        if (write) status = device->copy(device, stream, store->staging, memory + at, bytes);
+        if (write) status = device->copy(device, stream, store->staging, (char *)memory + at, bytes);
         if (!status) status = device->host_call(device, stream, llmpar__store_chunk, &job, sizeof job);
-        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, bytes);
+        if (!write && !status) status = device->copy(device, stream, (char *)memory + at, store->staging, bytes);
     }
     return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label)
-{
-    return llmpar__store_transfer(store, stream, place, (char *)(uintptr_t)memory, label, 1);
-}
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label)
-{
-    return llmpar__store_transfer(store, stream, place, (char *)memory, label, 0);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status)

@@ -118,7 +118,7 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
     llmpar_status status = llmpar_file_open(io, path, &file, error);
     if (status) return status;
     if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
-    if (!status) *text = (char *)llmpar_heap_alloc(heap, (size_t)file.bytes + 1, 1);
+    if (!status) *text = LLMPAR__ALLOC(char, heap, (size_t)file.bytes + 1);
     if (!status && !*text) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %llu bytes", path, (unsigned long long)file.bytes);
     if (!status) status = llmpar_file_read(&file, 0, *text, (size_t)file.bytes, error);
     llmpar_file_close(&file);
@@ -202,8 +202,8 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     writer->handle = -1;
     llmpar_xxh64_begin(&writer->sum);
     writer->path = llmpar_heap_strdup(heap, path);
-    writer->temporary = (char *)llmpar_heap_alloc(heap, length + sizeof ".tmp", 1);
-    writer->buffer = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__FILE_BUFFER, 1);
+    writer->temporary = LLMPAR__ALLOC(char, heap, length + sizeof ".tmp");
+    writer->buffer = LLMPAR__ALLOC(unsigned char, heap, LLMPAR__FILE_BUFFER);
     if (!writer->path || !writer->temporary || !writer->buffer) {
         llmpar__writer_destroy(writer);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer of %zu bytes", path, LLMPAR__FILE_BUFFER);

@@ -214,7 +214,7 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
     }
     if (status) return status;
     s->tensors = LLMPAR__ZALLOC(llmpar_safetensor, s->heap, count);
-    s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
+    s->names = LLMPAR__ALLOC(char, s->heap, name_bytes);
     if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
     for (const llmpar_json *entry = root->child; entry; entry = entry->next) {
         llmpar_safetensor *tensor = &s->tensors[s->file.count];
@@ -341,7 +341,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
     llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
     if (!status && s->source.bytes >= 8) status = llmpar_file_read(&s->source, 0, first, 8, error);
     if (!status) status = llmpar__st_header_length(s, first, s->source.bytes, &length, error);
-    if (!status) header = (char *)llmpar_heap_alloc(heap, length, 1);
+    if (!status) header = LLMPAR__ALLOC(char, heap, length);
     if (!status && !header) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, length);
     if (!status) status = llmpar_file_read(&s->source, 8, header, length, error);
     if (!status) status = llmpar__st_parse(s, header, length, (size_t)s->source.bytes - 8 - length, error);
@@ -479,7 +479,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
     if (header.used > LLMPAR__ST_MAX_HEADER)
         return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
     size_t capacity = header.used + 1;
-    char *text = (char *)llmpar_heap_alloc(heap, capacity, 1);
+    char *text = LLMPAR__ALLOC(char, heap, capacity);
     llmpar_safetensors_writer *w = LLMPAR__ZALLOC(llmpar_safetensors_writer, heap, 1);
     if (w) {
         w->heap = heap;

@@ -274,7 +274,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     LLMPAR__NO_ERROR(error);
     if (!config) return llmpar__hf_fail(ctx, llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error), &error);
     size_t bytes = llmpar_llama_config_write(config, NULL, 0);
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1);
+    char *text = LLMPAR__ALLOC(char, &ctx->heap, bytes + 1);
     if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", path);
     llmpar_llama_config_write(config, text, bytes + 1);
     llmpar_status status = llmpar_hf_writer_open(&ctx->heap, ctx->io, path, tensors, count, max_bytes, text, &file->directory, &error);

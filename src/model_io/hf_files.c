@@ -17,7 +17,7 @@
 LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
 {
     size_t bytes = strlen(directory) + strlen(name) + 2;
-    char *path = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    char *path = LLMPAR__ALLOC(char, heap, bytes);
     if (path) snprintf(path, bytes, "%s/%s", directory, name);
     else llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a path", directory);
     return path;
@@ -114,7 +114,7 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
         first[f] = files->tensors;
         files->tensors += files->file[f]->count;
     }
-    char *seen = (char *)llmpar_heap_zalloc(files->heap, (size_t)files->tensors, 1);
+    char *seen = LLMPAR__ZALLOC(char, files->heap, (size_t)files->tensors);
     if (!seen) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensors", files->path, (int)files->tensors);
     for (int32_t i = 0; i < index->count && !status; i++) {
         const llmpar_safetensors *file = files->file[index->place[i]];
@@ -355,7 +355,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     llmpar__text index = llmpar__text_begin(NULL, 0);
     llmpar__hf_put_index(w, &index);
     size_t bytes = index.used;
-    char *text = (char *)llmpar_heap_alloc(w->heap, bytes + 1, 1);
+    char *text = LLMPAR__ALLOC(char, w->heap, bytes + 1);
     llmpar_status status = text ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for an index of %zu bytes", w->directory, bytes);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_SINGLE, error);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_INDEX, error);

@@ -25,7 +25,7 @@ static void llmpar__resume_info(const llmpar_trainer *t, llmpar_checkpoint_info 
 static char *llmpar__resume_config(llmpar_ctx *ctx, const llmpar_llama_config *config)
 {
     size_t bytes = llmpar_llama_config_write(config, NULL, 0) + 1;
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    char *text = LLMPAR__ALLOC(char, &ctx->heap, bytes);
     if (text) llmpar_llama_config_write(config, text, bytes);
     else llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory for config.json");
     return text;

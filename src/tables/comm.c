@@ -18,10 +18,9 @@ static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
                             comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
 }
 
-static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+LLMPAR__PRIVATE_DEF int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
 {
-    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
-    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
+    return a_bytes && b_bytes && (uintptr_t)a < (uintptr_t)b + b_bytes && (uintptr_t)b < (uintptr_t)a + a_bytes;
 }
 
 static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
