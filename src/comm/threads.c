@@ -133,6 +133,18 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
     return st;
 }
 
+/* `bytes` from here go to `offset` in everybody's output, mine first, wherever there is one and they do not stand there already. */
+static llmpar_status llmpar__threads_hand_out(llmpar__threads_comm *tc, const llmpar__threads_slot *slots, const void *from, size_t offset, size_t bytes)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    int32_t outs = 0;
+    for (size_t i = 0; i < n; i++) {
+        char *to = (char *)slots[(r + i) % n].call.recv;
+        if (to && to + offset != from) tc->outputs[outs++] = to + offset;
+    }
+    return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, bytes, LLMPAR_U8);
+}
+
 /* What this rank does between the barriers. part = bytes of one rank's part of one block. */
 static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots, int in_slot)
 {
@@ -152,15 +164,7 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         }
         return st;
     case LLMPAR_CALL_ALL_GATHER:
-        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) {
-            const void *from = (const char *)call->send + b * part;
-            int32_t outs = 0;
-            for (size_t i = 0; i < n; i++) {
-                char *to = (char *)slots[(r + i) % n].call.recv + (b * n + r) * part;
-                if (to != from) tc->outputs[outs++] = to;
-            }
-            st = llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, part, LLMPAR_U8);
-        }
+        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) st = llmpar__threads_hand_out(tc, slots, (const char *)call->send + b * part, (b * n + r) * part, part);
         for (size_t k = 0; k < n && in_slot; k++) {
             size_t i = (r + k) % n;
             const char *from = (const char *)slots[i].payload;
@@ -172,16 +176,9 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         return st;
     case LLMPAR_CALL_BROADCAST:
         if (!in_slot) {
-            const llmpar__threads_call *root = &slots[call->what.root].call;
             size_t begin, end;
-            int32_t outs = 0;
             llmpar__threads_share(tc, part * call->what.blocks, 1, &begin, &end);
-            for (size_t i = 0; i < n; i++) {
-                char *to = (char *)slots[(r + i) % n].call.recv;
-                if (to && to != root->send) tc->outputs[outs++] = to + begin;
-            }
-            const void *from = (const char *)root->send + begin;
-            return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, end - begin, LLMPAR_U8);
+            return llmpar__threads_hand_out(tc, slots, (const char *)slots[call->what.root].call.send + begin, begin, end - begin);
         }
         if (!recv || recv == call->send) return LLMPAR_OK;
         return llmpar__threads_copy(tc, recv, slots[call->what.root].payload, part * call->what.blocks);

@@ -18,9 +18,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_backend_check(const llmpar_back
 {
     if (!backend) return LLMPAR_OK;
     if (backend->abi != LLMPAR_BACKEND_ABI || backend->size < sizeof *backend)
-        return llmpar_error_set(error, LLMPAR_ERR_ABI, "launch: backend with abi %u and %u bytes, expected abi %u and %lu bytes", (unsigned)backend->abi, (unsigned)backend->size, LLMPAR_BACKEND_ABI, (unsigned long)sizeof *backend);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ABI, "backend with abi %u and %u bytes, expected abi %u and %lu bytes", (unsigned)backend->abi, (unsigned)backend->size, LLMPAR_BACKEND_ABI, (unsigned long)sizeof *backend);
     if (!backend->device_create != !backend->device_destroy)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: backend %s: device_%s is empty, expected both of device_create and device_destroy or neither", llmpar__launch_backend_name(backend), backend->device_create ? "destroy" : "create");
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "backend %s: device_%s is empty, expected both of device_create and device_destroy or neither", llmpar__launch_backend_name(backend), backend->device_create ? "destroy" : "create");
     return LLMPAR_OK;
 }
 
