@@ -284,7 +284,7 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
     llmpar_policy *policy = &fsdp->policy;
     if (desc->zero < LLMPAR_ZERO_DEFAULT || desc->zero > LLMPAR_ZERO_3) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: zero = %d, expected LLMPAR_ZERO_0 .. LLMPAR_ZERO_3", (int)desc->zero);
     fsdp->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
-    if (fsdp->dtype != LLMPAR_F32 && fsdp->dtype != LLMPAR_F64 && fsdp->dtype != LLMPAR_BF16 && fsdp->dtype != LLMPAR_F16)
+    if (!llmpar__dtype_floats(fsdp->dtype))
         return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: dtype %s, expected f32, f64, bf16 or f16", llmpar_dtype_name(fsdp->dtype));
     fsdp->sum = llmpar_dtype_sum(fsdp->dtype);
     fsdp->reduce = desc->reduce_dtype == LLMPAR_DTYPE_DEFAULT ? fsdp->sum : desc->reduce_dtype;

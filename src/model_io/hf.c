@@ -142,7 +142,7 @@ static llmpar_status llmpar__hf_match(llmpar__hf_load *load, int32_t *matched)
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has shape %s, expected %s", file->path, param->name, llmpar__hf_shape(tensor->shape, tensor->dims, got, sizeof got),
                                    llmpar__hf_shape(param->shape, param->dims, expected, sizeof expected));
             }
-            if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
+            if (!llmpar__dtype_floats(tensor->dtype))
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
             if (llmpar_dtype_size(tensor->dtype) > raw) raw = llmpar_dtype_size(tensor->dtype);
             if (tensor->dtype != dtype) wide = llmpar_dtype_size(dtype);
@@ -297,7 +297,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     if (count < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: %d units", path, (int)count);
     for (int32_t u = 0; u < count && units; u++)
         if (units[u] < 0 || units[u] >= all) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: unit %d, expected 0 to %d", path, (int)units[u], (int)all - 1);
-    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
+    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && !llmpar__dtype_floats(desc->dtype))
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
     llmpar_tensor_file *file = LLMPAR__ZALLOC(llmpar_tensor_file, &ctx->heap, 1);
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);

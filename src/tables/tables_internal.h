@@ -10,6 +10,8 @@
 /* A table's slot is there, and not empty: one that lies beyond its size is not there. */
 #define LLMPAR__HAS(table, slot) ((table)->size >= (size_t)((const char *)(&(table)->slot + 1) - (const char *)(table)) && (table)->slot)
 
+static inline int llmpar__dtype_floats(llmpar_dtype dtype) { return dtype >= LLMPAR_F32 && dtype <= LLMPAR_F16; }
+
 /* Waits for the stream in any case, which may still use what goes now or what the caller's stack holds. The first failure of the two. */
 LLMPAR__PRIVATE llmpar_status llmpar__device_done(llmpar_device *device, llmpar_stream *stream, llmpar_status status);
 LLMPAR__PRIVATE llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
