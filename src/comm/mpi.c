@@ -282,8 +282,8 @@ static llmpar_status llmpar__mpi_run(void *arg)
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), part = (size_t)call->count * item, bytes = part * (size_t)call->blocks; /* a barrier has none */
     int sends = call->op == LLMPAR_CALL_SEND;
     llmpar_status st;
-    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
-        return llmpar__mpi_failed(tc, llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, tc->comm.one_thread));
+    st = llmpar__comm_thread_check(&tc->comm, call);
+    if (st) return llmpar__mpi_failed(tc, st);
     if (sends || call->op == LLMPAR_CALL_RECV) {
         int small = bytes <= LLMPAR__MPI_INLINE;
         st = llmpar__mpi_meet_one(tc, call, job->send, sends && small ? bytes : 0);

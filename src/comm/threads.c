@@ -253,8 +253,8 @@ static llmpar_status llmpar__threads_run(void *arg)
     llmpar__threads_job *job = (llmpar__threads_job *)arg;
     llmpar__threads_comm *tc = job->tc;
     llmpar__threads_call *call = &job->call;
-    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
-        return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, tc->comm.axis, tc->comm.one_thread));
+    llmpar_status st = llmpar__comm_thread_check(&tc->comm, &call->what);
+    if (st) return llmpar__threads_failed(tc, st);
     if (call->what.op == LLMPAR_CALL_SEND || call->what.op == LLMPAR_CALL_RECV) return llmpar__threads_point(tc, call);
     /* A barrier has count 0. */
     size_t bytes = call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype);
@@ -262,7 +262,7 @@ static llmpar_status llmpar__threads_run(void *arg)
     int in_slot = bytes <= LLMPAR__THREADS_INLINE;
     size_t payload = in_slot && !(call->what.op == LLMPAR_CALL_BROADCAST && call->what.root != tc->comm.rank) ? bytes : 0;
     llmpar__threads_slot *slots = NULL;
-    llmpar_status st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
+    st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
     if (st) return st;
     st = llmpar__threads_work(tc, call, slots, in_slot);
     if (!in_slot) llmpar__threads_barrier(tc, &call->what, 0); /* always: peers may still read my buffers, whatever became of my own work */

@@ -265,10 +265,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
         if (llmpar_device_host_alloc(fsdp->device, &ctx->heap, (size_t)LLMPAR__CAST_PIECE * llmpar_dtype_size(fsdp->dtype), &fsdp->host_cast[i])) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for updated parameters on their way");
         if (!status) status = fsdp->device->event_create(fsdp->device, &fsdp->host_cast_event[i]);
     }
-    if (!status && fsdp->store) {
-        fsdp->store_fixed = llmpar__store_end(fsdp->store);
-        status = llmpar__store_reserve(fsdp->store);
-    }
+    if (!status && fsdp->store) status = llmpar__store_fix(fsdp->store);
     size_t bytes = (size_t)LLMPAR__FLAT_CHUNK * llmpar_dtype_size(fsdp->sum);
     void *staging = NULL;
     if (!status && !desc->count_only && llmpar_device_host_alloc(fsdp->device, &ctx->heap, bytes, &staging)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for initial values");

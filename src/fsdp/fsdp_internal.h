@@ -73,7 +73,6 @@ struct llmpar_fsdp {
     int32_t optimizer_states;
     llmpar_tier tier[LLMPAR_STATE_COUNT];
     llmpar__store *store;             /* NULL: nothing is offloaded */
-    uint64_t store_fixed;             /* end of what has its place for good */
     uint64_t seed;
     llmpar__flat *units;
     int32_t unit_count;

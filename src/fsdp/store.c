@@ -14,7 +14,7 @@ struct llmpar__store {
     char *path;            /* the name it had */
     int count_only;
     int fd;                /* -1: no file */
-    uint64_t end;          /* of the ranges given out */
+    uint64_t end, fixed;   /* of the ranges given out; of those that stay for good */
     uint64_t reserved;     /* bytes that the disk has */
     void *staging;         /* [LLMPAR__STORE_CHUNK] */
     llmpar_error error;    /* of a transfer */
@@ -85,8 +85,7 @@ LLMPAR__PRIVATE_DEF void llmpar__store_drop(llmpar__store *store, llmpar__place 
     memset(place, 0, sizeof *place);
 }
 
-LLMPAR__PRIVATE_DEF uint64_t llmpar__store_end(const llmpar__store *store) { return store->end; }
-LLMPAR__PRIVATE_DEF void llmpar__store_rewind(llmpar__store *store, uint64_t end) { store->end = end; }
+LLMPAR__PRIVATE_DEF void llmpar__store_rewind(llmpar__store *store) { store->end = store->fixed; }
 
 /* Whole transfers in spite of short ones and signals; errno of the one that failed, -1: the file ended. */
 static int llmpar__store_move(int fd, char *memory, size_t bytes, uint64_t offset, int write)
@@ -122,6 +121,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_reserve(llmpar__store *store)
     if (number) return llmpar_fail(store->ctx, LLMPAR_ERR_IO, "offload: %s: %llu bytes: %s", store->path, (unsigned long long)store->end, strerror(number));
     store->reserved = store->end;
     return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_fix(llmpar__store *store)
+{
+    store->fixed = store->end;
+    return llmpar__store_reserve(store);
 }
 
 /* One chunk between the staging buffer and the file; runs in stream order. */

@@ -64,13 +64,7 @@ LLMPAR_DEF void llmpar_trace_destroy(llmpar_trace *trace)
     llmpar_heap_free(&trace->ctx->heap, trace);
 }
 
-static void llmpar__trace_copy(char *out, size_t capacity, const char *text)
-{
-    size_t length = text ? strlen(text) : 0;
-    if (length >= capacity) length = capacity - 1;
-    if (length) memcpy(out, text, length);
-    out[length] = 0;
-}
+static void llmpar__trace_copy(char *out, size_t capacity, const char *text) { snprintf(out, capacity, "%s", text ? text : ""); }
 
 LLMPAR_DEF void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name)
 {
