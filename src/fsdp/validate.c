@@ -70,6 +70,9 @@ static uint64_t llmpar__proof_expected(const llmpar__proof *proof, int32_t unit,
     return stack[0];
 }
 
+/* Over all data ranks. */
+static int llmpar__proof_reduced(const llmpar__proof *proof, const llmpar__buffer *buffer) { return buffer->reduced && (proof->policy.replicas < 2 || buffer->replica); }
+
 static const char *llmpar__proof_complete(llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer, int32_t again)
 {
     int uses = 1 + llmpar__proof_lent(proof, unit);
@@ -77,7 +80,7 @@ static const char *llmpar__proof_complete(llmpar__proof *proof, int32_t unit, co
     if (uses == 2) order = llmpar__proof_sum(order, llmpar__proof_expected(proof, unit, 1, again, &content));
     if (buffer->gradients != (int64_t)uses * proof->policy.micro_batches || buffer->content != content) return "the gradient does not hold every micro-batch and use exactly once";
     if (buffer->order != order) return "micro-batches were added in another order than the policy's";
-    if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return "the gradient is not reduced over all data ranks";
+    if (!llmpar__proof_reduced(proof, buffer)) return "the gradient is not reduced over all data ranks";
     return NULL;
 }
 
@@ -260,7 +263,7 @@ static const char *llmpar__proof_accumulate(llmpar__proof *proof, const llmpar_i
     if (in->use != in->from_use) { /* g = own + borrowed, once, of what is complete */
         int32_t again = proof->state[in->unit].backwards > proof->policy.micro_batches;
         int complete = to->order == llmpar__proof_expected(proof, in->unit, 0, again, &content) && from->order == llmpar__proof_expected(proof, in->unit, 1, again, &content);
-        if (in->use || !complete || !to->reduced || (proof->policy.replicas > 1 && !to->replica)) return "adds the uses of a tied unit otherwise than own + borrowed, once, complete and reduced";
+        if (in->use || !complete || !llmpar__proof_reduced(proof, to)) return "adds the uses of a tied unit otherwise than own + borrowed, once, complete and reduced";
     }
     to->gradients += from->gradients;
     to->content += from->content;
@@ -402,7 +405,7 @@ static const char *llmpar__proof_move(llmpar__proof *proof, const llmpar_instruc
     if (in->what == LLMPAR_STATE_GRADS) {
         llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
         if (!buffer->live || buffer->stored != fetch) return fetch ? "fetches what is not in its store" : "stores what is not on the device";
-        if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return "stores a gradient that is not reduced";
+        if (!llmpar__proof_reduced(proof, buffer)) return "stores a gradient that is not reduced";
         buffer->stored = !fetch;
         return NULL;
     }
