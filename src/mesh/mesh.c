@@ -71,8 +71,7 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     *out = NULL;
     if (!given) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "mesh: no desc, expected degrees (0: 1)");
     llmpar_mesh_desc desc = *given;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status st = llmpar_mesh_desc_resolve(&desc, ctx->world, &error);
     if (st) return llmpar_fail(ctx, st, "%s", error.text);
     const llmpar_device *device = ctx->device; /* whoever brings an own one is told here, before anything is called */

@@ -62,9 +62,8 @@ static llmpar_status llmpar__redistribute_boxes(const llmpar_mesh *mesh, llmpar_
     int32_t boxes = llmpar__mesh_common(from, to, tensor->dims, box, &volume);
     llmpar_status st = LLMPAR_OK;
     for (int32_t i = 0; i < boxes && !st; i++) {
-        llmpar_local piece; /* the box as a part of its own */
+        LLMPAR__ZEROED(llmpar_local, piece); /* the box as a part of its own */
         int64_t elements = 1;
-        memset(&piece, 0, sizeof piece);
         for (int32_t d = 0; d < tensor->dims; d++) {
             piece.offset[d] = box[i].begin[d];
             piece.shape[d] = box[i].end[d] - box[i].begin[d];
@@ -460,8 +459,7 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const
     const char *name = tensor->name ? tensor->name : "tensor";
     llmpar_redistribute_plan plan;
     llmpar_local part;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status st = llmpar_dtensor_check(tensor, mesh->degree, &error);
     if (st) return llmpar_fail(mesh->ctx, st, "%s", error.text);
     for (int32_t i = 0; i < tensor->placements; i++) {

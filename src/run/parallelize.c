@@ -131,11 +131,10 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
 
 static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
 {
-    llmpar_data_desc desc;
     if (!t->desc.data) return LLMPAR_OK;
+    LLMPAR__ZEROED(llmpar_data_desc, desc);
     LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_file_map(t->desc.data, &t->file, &error);
-    memset(&desc, 0, sizeof desc);
     desc.bytes = t->file.data;
     desc.count = t->file.bytes;
     desc.seq_len = t->desc.seq_len;

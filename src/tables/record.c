@@ -323,25 +323,26 @@ static const char *llmpar__record_torch_dtype(int32_t dtype)
     }
 }
 
-/* "tp"; the second communicator of that name with other members is "tp.1". */
-static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
+/* "tp", of which the axis is "tp"; the second communicator of that name with other members is "tp.1". As JSON. */
+static void llmpar__record_group_name(const llmpar__record_group *g, char name[320], char axis[160])
 {
-    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
-    else snprintf(text, capacity, "%s", g->axis);
+    char group[48];
+    if (g->same_name) snprintf(group, sizeof group, "%s.%d", g->axis, (int)g->same_name);
+    else snprintf(group, sizeof group, "%s", g->axis);
+    llmpar_json_escape(group, strlen(group), name, 320);
+    llmpar_json_escape(g->axis, strlen(g->axis), axis, 160);
 }
 
 static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
 {
     const llmpar_call *c = &e->call;
     const llmpar__record_group *g = &record->groups[e->group];
-    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
+    char name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
     uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
     if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
     if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
     if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
-    llmpar__record_group_name(group, sizeof group, g);
-    llmpar_json_escape(group, strlen(group), name, sizeof name);
-    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+    llmpar__record_group_name(g, name, axis);
     llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
     if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
     if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
@@ -362,15 +363,13 @@ static void llmpar__record_json_entry(const llmpar_record *record, const llmpar_
 LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
 {
     llmpar__text out = llmpar__text_begin(text, capacity);
-    char group[48], name[320], axis[160], where[320];
+    char name[320], axis[160], where[320];
     llmpar__record_lock(record);
     llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
     llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
     for (int32_t i = 0; i < record->group_count; i++) {
         const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_group_name(group, sizeof group, g);
-        llmpar_json_escape(group, strlen(group), name, sizeof name);
-        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+        llmpar__record_group_name(g, name, axis);
         llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
         for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
         llmpar__text_put(&out, "]\"}");
