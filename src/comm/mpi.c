@@ -31,8 +31,6 @@ typedef struct llmpar__mpi_slice {
     void *out;            /* this rank's part of the result */
 } llmpar__mpi_slice;
 
-static size_t llmpar__mpi_min(size_t a, size_t b) { return a < b ? a : b; }
-
 static size_t llmpar__mpi_part(const llmpar__mpi_slice *s, size_t j, size_t *count)
 {
     if (s->stride) {
@@ -73,7 +71,7 @@ static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call
     if (!scatter && call->op != LLMPAR_CALL_ALL_REDUCE) return LLMPAR_OK;
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, scatter);
     if (llmpar__mpi_is_small(tc, total * item * (scatter ? n : 1))) return LLMPAR_OK;
-    size_t room = scatter ? llmpar__mpi_min(step, (size_t)call->count) : (llmpar__mpi_min(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->halving.most_kept + (size_t)tc->halving.most_given) * room * item;
+    size_t room = scatter ? llmpar__least(step, (size_t)call->count) : (llmpar__least(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->halving.most_kept + (size_t)tc->halving.most_given) * room * item;
     if (world->scratch_bytes >= bytes) return LLMPAR_OK;
     llmpar_status st = llmpar_order_wait(&world->order);
     if (st) return st;
@@ -167,7 +165,7 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
         for (size_t b = 0; b < blocks && !st; b++) {
             char *in = recv + (b * n + from) * part, *out = (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part;
             for (size_t at = 0; at < part && !st; at += tc->world->desc.comm_slice) {
-                size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, part - at);
+                size_t now = llmpar__least(tc->world->desc.comm_slice, part - at);
                 st = llmpar__mpi_post(tc, call, 1, (int32_t)from, in + at, now);
                 if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, out + at, now);
             }
@@ -185,7 +183,7 @@ static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, cons
     for (size_t b = 0; b < call->blocks; b++)
         for (size_t at = 0; at < call->count && !st; at += step) {
             s.base = send + b * n * part + at * item;
-            s.count = llmpar__mpi_min(step, (size_t)call->count - at);
+            s.count = llmpar__least(step, (size_t)call->count - at);
             s.out = recv + b * part + at * item;
             st = llmpar__mpi_halve(tc, call, &s);
         }
@@ -200,7 +198,7 @@ static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const ll
     for (size_t at = 0; at < total && !st; at += step) {
         size_t mine, theirs;
         s.base = send + at * item;
-        s.count = llmpar__mpi_min(step, total - at);
+        s.count = llmpar__least(step, total - at);
         char *out = recv + at * item, *own = out + llmpar__mpi_part(&s, r, &mine);
         s.out = own;
         st = llmpar__mpi_halve(tc, call, &s);
@@ -221,7 +219,7 @@ static llmpar_status llmpar__mpi_broadcast_large(llmpar__mpi_comm *tc, const llm
     llmpar_status st = LLMPAR_OK;
     while (mask < n && !(v & mask)) mask *= 2;
     for (size_t at = 0; at < bytes && !st; at += tc->world->desc.comm_slice) {
-        size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, bytes - at);
+        size_t now = llmpar__least(tc->world->desc.comm_slice, bytes - at);
         if (v) {
             st = llmpar__mpi_post(tc, call, 1, (v - mask + call->root) % n, buffer + at, now);
             if (!st) st = llmpar__mpi_complete(tc, call);
@@ -355,7 +353,7 @@ static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *me
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
     }
     memcpy(tc->member, member, (size_t)ranks * sizeof *member);
-    memcpy(tc->axis, name, llmpar__mpi_min(strlen(name), sizeof tc->axis - 1));
+    memcpy(tc->axis, name, llmpar__least(strlen(name), sizeof tc->axis - 1));
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
     comm->rank = rank;

@@ -9,6 +9,7 @@
    Waiting looks a few times, then gives the processor away (there may be more ranks than processors), then sleeps for ever longer moments. It ends with an error when another rank fails, when a rank
    that has not come has returned from its function, and at the deadline. */
 #include "comm/mpi_internal.h"
+#include "tables/tables_internal.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -194,7 +195,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
 {
     llmpar_mpi_world *world = tc->world;
     while (bytes) {
-        size_t now = bytes < world->desc.comm_slice ? bytes : world->desc.comm_slice;
+        size_t now = llmpar__least(bytes, world->desc.comm_slice);
         if (world->posted == LLMPAR__MPI_BATCH) {
             llmpar_status st = llmpar__mpi_until(tc, call, LLMPAR__MPI_BATCH - 1);
             if (st) return st;

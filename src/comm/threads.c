@@ -38,8 +38,6 @@ typedef struct llmpar__threads_job {
     llmpar__threads_call call;
 } llmpar__threads_job;
 
-static size_t llmpar__threads_min(size_t a, size_t b) { return a < b ? a : b; }
-
 static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, const llmpar_call *a, const llmpar_call *b)
 {
     char text[700];
@@ -99,8 +97,8 @@ static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, c
 static void llmpar__threads_share(const llmpar__threads_comm *tc, size_t total, size_t item, size_t *begin, size_t *end)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, grain = LLMPAR__THREADS_GRAIN / item, grains = (total + grain - 1) / grain;
-    *begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
-    *end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
+    *begin = llmpar__least(total, grains / n * r * grain + llmpar__least(r, grains % n) * grain);
+    *end = llmpar__least(total, grains / n * (r + 1) * grain + llmpar__least(r + 1, grains % n) * grain);
 }
 
 /* The data of rank i: in its slot, or where its send pointer says. */
@@ -123,7 +121,7 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
         return llmpar__threads_sum_to(tc, tc->inputs, (int32_t)n, tc->outputs, (int32_t)n, end - begin, (llmpar_dtype)call->what.dtype);
     }
     for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
-        size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
+        size_t count = llmpar__least(LLMPAR__THREADS_PIECE / item, end - at);
         char *mine = (char *)call->recv + at * item;
         for (size_t i = 0; i < n; i++) tc->inputs[i] = (const char *)slots[i].call.send + at * item;
         st = llmpar__threads_reduce(tc, call, count, mine);
@@ -349,9 +347,8 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     *out = NULL;
-    llmpar__threads_call call;
+    LLMPAR__ZEROED(llmpar__threads_call, call);
     const llmpar_collective given = llmpar__comm_collective(NULL, NULL, 0, LLMPAR_DTYPE_DEFAULT, name);
-    memset(&call, 0, sizeof call);
     llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
     if (call.what.rank < 0) call.what.rank = tc->world_rank;
     int32_t mine[2] = {color, key}, theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;

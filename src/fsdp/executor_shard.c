@@ -14,7 +14,7 @@ static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stre
     llmpar_status status = LLMPAR_OK;
     size_t size = llmpar_dtype_size(fsdp->reduce);
     for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
-        size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
+        size_t piece = llmpar__least(count - at, LLMPAR__REDUCE_PIECE);
         for (int32_t r = 0; r < ranks && !status; r++) {
             fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
             status = llmpar__device_cast(fsdp->device, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);

@@ -207,7 +207,7 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
                 if (c->copy) status = device->copy(device, stream, c->copy + at, from, bytes);
                 at += bytes;
                 for (size_t done = 0, part; staging && done < bytes; done += part) {
-                    part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
+                    part = llmpar__least(bytes - done, LLMPAR__CHECKPOINT_STAGING);
                     status = device->copy(device, stream, staging, from + done, part);
                     if (!status) status = device->synchronize(device, stream);
                     if (!status) status = llmpar_safetensors_writer_write(c->writer, staging, part, &c->error);

@@ -201,7 +201,7 @@ static llmpar_status llmpar__load_run(llmpar__load *load, const llmpar_safetenso
     if (load->ahead_of != tensor || offset + bytes > load->ahead_begin + load->ahead_bytes) { /* within a tensor offsets rise: of the pieces, of the boxes in one, of the runs in a box */
         load->ahead_of = tensor;
         load->ahead_begin = offset;
-        load->ahead_bytes = end - offset < LLMPAR__LOAD_AHEAD ? end - offset : LLMPAR__LOAD_AHEAD;
+        load->ahead_bytes = llmpar__least(end - offset, LLMPAR__LOAD_AHEAD);
         llmpar_status status = llmpar_safetensors_read(file, tensor, offset, load->ahead_bytes, load->ahead, &load->error);
         if (status) {
             load->ahead_of = NULL;

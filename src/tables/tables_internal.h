@@ -10,6 +10,7 @@
 /* A table's slot is there, and not empty: one that lies beyond its size is not there. */
 #define LLMPAR__HAS(table, slot) ((table)->size >= (size_t)((const char *)(&(table)->slot + 1) - (const char *)(table)) && (table)->slot)
 
+static inline size_t llmpar__least(size_t a, size_t b) { return a < b ? a : b; }
 static inline int llmpar__dtype_floats(llmpar_dtype dtype) { return dtype >= LLMPAR_F32 && dtype <= LLMPAR_F16; }
 
 /* Waits for the stream in any case, which may still use what goes now or what the caller's stack holds. The first failure of the two. */
