@@ -1,13 +1,13 @@
 #include "base/clock_internal.h"
 
-#include <time.h>
-
-LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void)
+LLMPAR__PRIVATE_DEF uint64_t llmpar__clock_ns(clockid_t clock)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
+
+LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void) { return 1e-9 * (double)llmpar__clock_ns(CLOCK_MONOTONIC); }
 
 LLMPAR__PRIVATE_DEF int llmpar__clock_cond_init(pthread_cond_t *cond)
 {

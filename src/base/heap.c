@@ -82,7 +82,7 @@ LLMPAR_DEF void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size
 LLMPAR_DEF char *llmpar_heap_strdup(llmpar_heap *heap, const char *text)
 {
     size_t bytes = strlen(text) + 1;
-    char *copy = (char *)llmpar_heap_alloc(heap, bytes, 1);
+    char *copy = LLMPAR__ALLOC(char, heap, bytes);
     if (copy) memcpy(copy, text, bytes);
     return copy;
 }

@@ -29,6 +29,9 @@ LLMPAR_API void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allo
 LLMPAR_API void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size);
 /* The same, zeroed. */
 LLMPAR_API void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size);
+/* So many of a type. */
+#define LLMPAR__ALLOC(type, heap, count) ((type *)llmpar_heap_alloc(heap, count, sizeof(type)))
+#define LLMPAR__ZALLOC(type, heap, count) ((type *)llmpar_heap_zalloc(heap, count, sizeof(type)))
 /* A copy of a zero-terminated string, or NULL. */
 LLMPAR_API char *llmpar_heap_strdup(llmpar_heap *heap, const char *text);
 LLMPAR_API void llmpar_heap_free(llmpar_heap *heap, void *memory);

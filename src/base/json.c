@@ -2,6 +2,7 @@
 #include "base/math_internal.h"
 #include "base/size.h"
 
+#include <stdio.h>
 #include <string.h>
 
 /* A document is one allocation, sized by a count over the text before anything is parsed:
@@ -30,15 +31,11 @@ typedef struct llmpar__json_parser {
 
 static int llmpar__json_expected(llmpar__json_parser *p, size_t position, const char *expected)
 {
-    if (position >= p->length) {
-        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got the end of the text", p->name, position, expected);
-    } else {
-        unsigned byte = (unsigned char)p->text[position];
-        if (byte > 0x20 && byte < 0x7F)
-            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got '%c'", p->name, position, expected, (int)byte);
-        else
-            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got byte 0x%02X", p->name, position, expected, byte);
-    }
+    char got[24] = "the end of the text";
+    unsigned byte = position < p->length ? (unsigned char)p->text[position] : 0;
+    if (byte > 0x20 && byte < 0x7F) snprintf(got, sizeof got, "'%c'", (int)byte);
+    else if (position < p->length) snprintf(got, sizeof got, "byte 0x%02X", byte);
+    llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got %s", p->name, position, expected, got);
     return 0;
 }
 
@@ -82,21 +79,10 @@ static size_t llmpar__json_utf8(const char *text, size_t length)
 
 static char *llmpar__json_put_utf8(char *out, uint32_t code)
 {
-    if (code < 0x80) {
-        *out++ = (char)code;
-    } else if (code < 0x800) {
-        *out++ = (char)(0xC0 | code >> 6);
-        *out++ = (char)(0x80 | (code & 0x3F));
-    } else if (code < 0x10000) {
-        *out++ = (char)(0xE0 | code >> 12);
-        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
-        *out++ = (char)(0x80 | (code & 0x3F));
-    } else {
-        *out++ = (char)(0xF0 | code >> 18);
-        *out++ = (char)(0x80 | (code >> 12 & 0x3F));
-        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
-        *out++ = (char)(0x80 | (code & 0x3F));
-    }
+    static const unsigned char lead[] = { 0, 0xC0, 0xE0, 0xF0 }; /* of a character with so many bytes behind the first, six bits each */
+    int behind = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    *out++ = (char)(lead[behind] | code >> 6 * behind);
+    while (behind-- > 0) *out++ = (char)(0x80 | (code >> 6 * behind & 0x3F));
     return out;
 }
 
@@ -375,7 +361,7 @@ static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *
     const llmpar_json **member, *duplicate = NULL, *node, *swap;
     size_t count = 0, i;
     if (object->length < 2) return 1;
-    member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
+    member = LLMPAR__ALLOC(const llmpar_json *, p->heap, object->length);
     if (!member) {
         llmpar_error_set(p->error, LLMPAR_ERR_MEMORY, "%s: no memory to check %zu member names", p->name, object->length);
         return 0;
@@ -504,10 +490,9 @@ static size_t llmpar__json_count(const char *text, size_t length)
 
 LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
 {
-    llmpar_error own; /* the status must be known where the caller wants no text */
+    LLMPAR__NO_ERROR(own); /* the status must be known where the caller wants no text */
     size_t bytes = 0;
     *out = NULL;
-    llmpar_error_clear(&own);
     LLMPAR__ZEROED(llmpar__json_parser, p);
     p.heap = heap;
     p.text = text;

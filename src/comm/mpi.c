@@ -31,8 +31,6 @@ typedef struct llmpar__mpi_slice {
     void *out;            /* this rank's part of the result */
 } llmpar__mpi_slice;
 
-static size_t llmpar__mpi_min(size_t a, size_t b) { return a < b ? a : b; }
-
 static size_t llmpar__mpi_part(const llmpar__mpi_slice *s, size_t j, size_t *count)
 {
     if (s->stride) {
@@ -73,13 +71,13 @@ static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call
     if (!scatter && call->op != LLMPAR_CALL_ALL_REDUCE) return LLMPAR_OK;
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, scatter);
     if (llmpar__mpi_is_small(tc, total * item * (scatter ? n : 1))) return LLMPAR_OK;
-    size_t room = scatter ? llmpar__mpi_min(step, (size_t)call->count) : (llmpar__mpi_min(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->halving.most_kept + (size_t)tc->halving.most_given) * room * item;
+    size_t room = scatter ? llmpar__least(step, (size_t)call->count) : (llmpar__least(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->halving.most_kept + (size_t)tc->halving.most_given) * room * item;
     if (world->scratch_bytes >= bytes) return LLMPAR_OK;
     llmpar_status st = llmpar_order_wait(&world->order);
     if (st) return st;
     llmpar_heap_free(world->heap, world->scratch);
     world->scratch_bytes = 0;
-    world->scratch = (char *)llmpar_heap_alloc(world->heap, bytes, 1);
+    world->scratch = LLMPAR__ALLOC(char, world->heap, bytes);
     if (!world->scratch) return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
     world->scratch_bytes = bytes;
     return LLMPAR_OK;
@@ -167,7 +165,7 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
         for (size_t b = 0; b < blocks && !st; b++) {
             char *in = recv + (b * n + from) * part, *out = (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part;
             for (size_t at = 0; at < part && !st; at += tc->world->desc.comm_slice) {
-                size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, part - at);
+                size_t now = llmpar__least(tc->world->desc.comm_slice, part - at);
                 st = llmpar__mpi_post(tc, call, 1, (int32_t)from, in + at, now);
                 if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, out + at, now);
             }
@@ -180,16 +178,12 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
 static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
     size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = llmpar__mpi_step(tc, item, 1);
-    llmpar__mpi_slice s;
+    llmpar__mpi_slice s = {NULL, part, 0, item, n, NULL};
     llmpar_status st = LLMPAR_OK;
-    memset(&s, 0, sizeof s);
-    s.item = item;
-    s.parts = n;
-    s.stride = part;
     for (size_t b = 0; b < call->blocks; b++)
         for (size_t at = 0; at < call->count && !st; at += step) {
             s.base = send + b * n * part + at * item;
-            s.count = llmpar__mpi_min(step, (size_t)call->count - at);
+            s.count = llmpar__least(step, (size_t)call->count - at);
             s.out = recv + b * part + at * item;
             st = llmpar__mpi_halve(tc, call, &s);
         }
@@ -199,15 +193,12 @@ static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, cons
 static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, 0);
-    llmpar__mpi_slice s;
+    llmpar__mpi_slice s = {NULL, 0, 0, item, n, NULL};
     llmpar_status st = LLMPAR_OK;
-    memset(&s, 0, sizeof s);
-    s.item = item;
-    s.parts = n;
     for (size_t at = 0; at < total && !st; at += step) {
         size_t mine, theirs;
         s.base = send + at * item;
-        s.count = llmpar__mpi_min(step, total - at);
+        s.count = llmpar__least(step, total - at);
         char *out = recv + at * item, *own = out + llmpar__mpi_part(&s, r, &mine);
         s.out = own;
         st = llmpar__mpi_halve(tc, call, &s);
@@ -228,7 +219,7 @@ static llmpar_status llmpar__mpi_broadcast_large(llmpar__mpi_comm *tc, const llm
     llmpar_status st = LLMPAR_OK;
     while (mask < n && !(v & mask)) mask *= 2;
     for (size_t at = 0; at < bytes && !st; at += tc->world->desc.comm_slice) {
-        size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, bytes - at);
+        size_t now = llmpar__least(tc->world->desc.comm_slice, bytes - at);
         if (v) {
             st = llmpar__mpi_post(tc, call, 1, (v - mask + call->root) % n, buffer + at, now);
             if (!st) st = llmpar__mpi_complete(tc, call);
@@ -289,8 +280,8 @@ static llmpar_status llmpar__mpi_run(void *arg)
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), part = (size_t)call->count * item, bytes = part * (size_t)call->blocks; /* a barrier has none */
     int sends = call->op == LLMPAR_CALL_SEND;
     llmpar_status st;
-    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
-        return llmpar__mpi_failed(tc, llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, tc->comm.one_thread));
+    st = llmpar__comm_thread_check(&tc->comm, call);
+    if (st) return llmpar__mpi_failed(tc, st);
     if (sends || call->op == LLMPAR_CALL_RECV) {
         int small = bytes <= LLMPAR__MPI_INLINE;
         st = llmpar__mpi_meet_one(tc, call, job->send, sends && small ? bytes : 0);
@@ -303,8 +294,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
-    if (st && tc->world->posted) return llmpar__mpi_abandon(tc, call, st); /* the device's */
-    if (st) return llmpar__mpi_failed(tc, st);                             /* the device's, or told already */
+    if (st) return tc->world->posted ? llmpar__mpi_abandon(tc, call, st) : llmpar__mpi_failed(tc, st); /* the device's; or told already */
     pthread_mutex_lock(&tc->world->lock);
     llmpar__mpi_seen(tc->world, tc->world->met, 1);
     tc->world->met = 0;
@@ -350,20 +340,20 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *member, int32_t ranks, int32_t rank, uint64_t context, const char *name, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     llmpar_heap *heap = world->heap;
-    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
+    llmpar__mpi_comm *tc = LLMPAR__ZALLOC(llmpar__mpi_comm, heap, 1);
     if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
     llmpar_comm *comm = &tc->comm;
     tc->world = world;
     world->comms++;
     tc->context = context;
-    tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
+    tc->member = LLMPAR__ALLOC(int32_t, heap, (size_t)ranks);
     comm->state = tc;
     if (!llmpar_halving_make(heap, ranks, rank, &tc->halving) || !tc->member) {
         llmpar__mpi_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
     }
     memcpy(tc->member, member, (size_t)ranks * sizeof *member);
-    memcpy(tc->axis, name, llmpar__mpi_min(strlen(name), sizeof tc->axis - 1));
+    memcpy(tc->axis, name, llmpar__least(strlen(name), sizeof tc->axis - 1));
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
     comm->rank = rank;
@@ -427,8 +417,8 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 {
     llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
     llmpar_heap *heap = tc->world->heap;
-    llmpar__mpi_place *place = (llmpar__mpi_place *)llmpar_heap_zalloc(heap, (size_t)comm->ranks, sizeof *place);
-    int32_t *member = (int32_t *)llmpar_heap_alloc(heap, (size_t)comm->ranks, sizeof *member);
+    llmpar__mpi_place *place = LLMPAR__ZALLOC(llmpar__mpi_place, heap, (size_t)comm->ranks);
+    int32_t *member = LLMPAR__ALLOC(int32_t, heap, (size_t)comm->ranks);
     *out = NULL;
     llmpar_status st = llmpar_order_wait(&tc->world->order);
     if (!st) st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
@@ -441,7 +431,7 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     *out = NULL;
-    int32_t *all = (int32_t *)llmpar_heap_alloc(world->heap, (size_t)world->ranks, sizeof *all);
+    int32_t *all = LLMPAR__ALLOC(int32_t, world->heap, (size_t)world->ranks);
     if (!all) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator world: out of memory for %d ranks", (int)world->ranks);
     for (int32_t i = 0; i < world->ranks; i++) all[i] = i;
     llmpar_status st = llmpar__mpi_make(world, all, world->ranks, world->rank, 0, "world", device, error, out);

@@ -9,6 +9,7 @@
    Waiting looks a few times, then gives the processor away (there may be more ranks than processors), then sleeps for ever longer moments. It ends with an error when another rank fails, when a rank
    that has not come has returned from its function, and at the deadline. */
 #include "comm/mpi_internal.h"
+#include "tables/tables_internal.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -149,6 +150,13 @@ static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call 
 
 /* ---- data ---- */
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
+{
+    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
+    tc->world->posted = 0;
+    return st;
+}
+
 /* Waits until at most `most` messages are under way. */
 static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *call, int32_t most)
 {
@@ -178,27 +186,16 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
         pthread_mutex_unlock(&world->lock);
         if (world->posted > most && !st) llmpar__mpi_pause(world, &wait);
     }
-    if (st) {
-        llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
-        world->posted = 0;
-    }
-    return st;
+    return st ? llmpar__mpi_abandon(tc, call, st) : LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call) { return llmpar__mpi_until(tc, call, 0); }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
-{
-    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
-    tc->world->posted = 0;
-    return st;
-}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
 {
     llmpar_mpi_world *world = tc->world;
     while (bytes) {
-        size_t now = bytes < world->desc.comm_slice ? bytes : world->desc.comm_slice;
+        size_t now = llmpar__least(bytes, world->desc.comm_slice);
         if (world->posted == LLMPAR__MPI_BATCH) {
             llmpar_status st = llmpar__mpi_until(tc, call, LLMPAR__MPI_BATCH - 1);
             if (st) return st;
@@ -210,9 +207,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
         pthread_mutex_unlock(&world->lock);
         if (code) {
             *request = MPI_REQUEST_NULL;
-            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
-            world->posted = 0;
-            return st;
+            return llmpar__mpi_abandon(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code));
         }
         world->from[world->posted++] = receives ? tc->member[peer] : -1;
         memory = (char *)memory + now;

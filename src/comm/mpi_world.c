@@ -30,6 +30,7 @@
 #define LLMPAR__MPI_LAST_TAG 3    /* on data, above those of mpi_wait.c */
 #define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
 #define LLMPAR__MPI_ATTENTION 0.25
+#define LLMPAR__MPI_NO(status, ...) llmpar_error_set(error, status, "mpi: " __VA_ARGS__)
 
 static void llmpar__mpi_nap(double seconds)
 {
@@ -50,16 +51,21 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_error(llmpar_error *error, const c
 
 /* ---- notes ---- */
 
+static void llmpar__mpi_note_of(const llmpar_mpi_world *world, llmpar__mpi_note_kind kind, llmpar__mpi_note *out)
+{
+    out->kind = (int32_t)kind;
+    out->rank = world->rank;
+    llmpar_record_position(world->record, &out->position);
+    if (world->finished.sent && !world->aborted) out->position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    out->error = world->failure;
+}
+
 /* To all other ranks, once. */
 static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, llmpar__mpi_note_kind kind)
 {
     if (cast->sent) return;
     cast->sent = 1;
-    cast->note.kind = (int32_t)kind;
-    cast->note.rank = world->rank;
-    llmpar_record_position(world->record, &cast->note.position);
-    if (world->finished.sent && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
-    cast->note.error = world->failure;
+    llmpar__mpi_note_of(world, kind, &cast->note);
     for (int32_t k = 1; k < world->ranks; k++) {
         int32_t to = (world->rank + k) % world->ranks;
         if (MPI_Isend(&cast->note, (int)sizeof cast->note, MPI_BYTE, to, LLMPAR__MPI_NOTE_TAG, world->control, &cast->request[to])) cast->request[to] = MPI_REQUEST_NULL;
@@ -142,11 +148,7 @@ static void llmpar__mpi_beats(llmpar_mpi_world *world, double now)
         llmpar__mpi_beat *beat = &world->beat[i];
         int done = 1;
         if (beat->request != MPI_REQUEST_NULL && (MPI_Test(&beat->request, &done, MPI_STATUS_IGNORE) || !done)) continue; /* it does not take the last one either */
-        beat->note.kind = (int32_t)LLMPAR__MPI_BEAT;
-        beat->note.rank = world->rank;
-        llmpar_record_position(world->record, &beat->note.position);
-        if (world->finished.sent && !world->aborted) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
-        beat->note.error = world->failure;
+        llmpar__mpi_note_of(world, LLMPAR__MPI_BEAT, &beat->note);
         if (MPI_Isend(&beat->note, (int)sizeof beat->note, MPI_BYTE, beat->to, LLMPAR__MPI_NOTE_TAG, world->control, &beat->request)) beat->request = MPI_REQUEST_NULL;
     }
 }
@@ -161,9 +163,8 @@ static void llmpar__mpi_silence(llmpar_mpi_world *world, double attention)
         if (peer->silent < world->desc.silence) continue;
         peer->dead = 1;
         if (world->aborted) continue;
-        llmpar_error error;
+        LLMPAR__NO_ERROR(error);
         char where[320] = "never heard of";
-        llmpar_error_clear(&error);
         if (peer->position.state == LLMPAR_POSITION_INSIDE) llmpar_call_print(&peer->position.now, where, sizeof where);
         else if (peer->position.state != LLMPAR_POSITION_UNKNOWN) snprintf(where, sizeof where, "%s", peer->finished ? "returned" : "outside");
         llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "no sign of life from rank %d for %g s: killed, stopped or unreachable; it was last seen in: %s", (int)i, world->desc.silence, where);
@@ -237,21 +238,21 @@ typedef struct llmpar__mpi_hello {
 static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, int ranks, llmpar_error *error)
 {
     if (desc->comm_slice && (desc->comm_slice > (size_t)1 << 30 || desc->comm_slice < 8 * (size_t)ranks))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB), or 8 bytes a rank to 1 GiB", (unsigned long long)desc->comm_slice);
-    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
-    if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
-    if (desc->direct < 0 || desc->direct > 256) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
+        return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "comm_slice = %llu bytes, expected 0 (16 MiB), or 8 bytes a rank to 1 GiB", (unsigned long long)desc->comm_slice);
+    if (!(desc->deadline >= 0)) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "deadline = %g seconds, expected 0 (none) or more", desc->deadline);
+    if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
+    if (desc->direct < 0 || desc->direct > 256) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
     if (!desc->comm_slice) desc->comm_slice = (size_t)16 << 20;
     if (desc->heartbeat == 0) desc->heartbeat = 0.5;
     if (desc->silence == 0) desc->silence = 5;
     if (!desc->direct) desc->direct = 16;
-    if (desc->silence < 3 * desc->heartbeat) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: silence = %g seconds, expected at least three heartbeats of %g", desc->silence, desc->heartbeat);
+    if (desc->silence < 3 * desc->heartbeat) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "silence = %g seconds, expected at least three heartbeats of %g", desc->silence, desc->heartbeat);
     return LLMPAR_OK;
 }
 
 static MPI_Request *llmpar__mpi_requests(llmpar_heap *heap, size_t count)
 {
-    MPI_Request *request = (MPI_Request *)llmpar_heap_alloc(heap, count, sizeof *request);
+    MPI_Request *request = LLMPAR__ALLOC(MPI_Request, heap, count);
     for (size_t i = 0; request && i < count; i++) request[i] = MPI_REQUEST_NULL;
     return request;
 }
@@ -265,16 +266,16 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     for (int32_t k = 1; k < world->ranks; k *= 2) world->beats++;
     world->inboxes = world->desc.direct < world->ranks ? world->desc.direct : world->ranks;
     if (world->inboxes < 2) world->inboxes = 2;
-    world->peer = (llmpar__mpi_peer *)llmpar_heap_zalloc(world->heap, n, sizeof *world->peer);
-    world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
-    world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
+    world->peer = LLMPAR__ZALLOC(llmpar__mpi_peer, world->heap, n);
+    world->beat = LLMPAR__ZALLOC(llmpar__mpi_beat, world->heap, (size_t)world->beats);
+    world->inbox = LLMPAR__ZALLOC(llmpar__mpi_header, world->heap, (size_t)world->inboxes);
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
     world->casting = llmpar__mpi_requests(world->heap, 5 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
     world->bucket = (unsigned char *)malloc(world->bucket_bytes);
     if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->casting)
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
-    if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+        return LLMPAR__MPI_NO(LLMPAR_ERR_MEMORY, "out of memory for %d ranks", (int)world->ranks);
+    if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return LLMPAR__MPI_NO(LLMPAR_ERR_MEMORY, "out of memory for the record");
     world->asked.request = world->casting;
     world->failed.request = world->casting + n;
     world->finished.request = world->casting + 2 * n;
@@ -290,7 +291,7 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     }
     if (level < MPI_THREAD_SERIALIZED || world->desc.unattended || world->ranks == 1) return LLMPAR_OK;
     int failed = pthread_create(&world->helper, NULL, llmpar__mpi_help, world); /* it waits for the lock */
-    if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started: %s", strerror(failed));
+    if (failed) return LLMPAR__MPI_NO(LLMPAR_ERR_INTERNAL, "the helper thread could not be started: %s", strerror(failed));
     world->helping = 1;
     return LLMPAR_OK;
 }
@@ -345,7 +346,7 @@ static llmpar_status llmpar__mpi_agree(llmpar_mpi_world *world, int level, llmpa
     lowest = mine;
     code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, other, world->data);
     if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
-    llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "mpi: the ranks are described differently: rank 0: comm_slice %llu, direct %d; rank %d: comm_slice %llu, direct %d", (unsigned long long)first.comm_slice,
+    LLMPAR__MPI_NO(LLMPAR_ERR_MISMATCH, "the ranks are described differently: rank 0: comm_slice %llu, direct %d; rank %d: comm_slice %llu, direct %d", (unsigned long long)first.comm_slice,
                      (int)first.direct, (int)other, (unsigned long long)lowest.comm_slice, (int)lowest.direct);
     error->rank = other;
     return LLMPAR_ERR_MISMATCH;
@@ -394,25 +395,24 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
 {
     *out = NULL;
     int there = 0, over = 0, inter = 0, level = 0, main_thread = 1, rank = 0, ranks = 0;
-    llmpar_error unheard;
-    llmpar_error_clear(&unheard);
+    LLMPAR__NO_ERROR(unheard);
     if (!error) error = &unheard;
     MPI_Initialized(&there);
-    if (!there) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
+    if (!there) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
     MPI_Finalized(&over);
-    if (over) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is already finalised, and cannot be initialised again in this process");
+    if (over) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "MPI is already finalised, and cannot be initialised again in this process");
     MPI_Comm from = desc && desc->comm ? *(const MPI_Comm *)desc->comm : MPI_COMM_WORLD;
-    if (from == MPI_COMM_NULL) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is MPI_COMM_NULL");
+    if (from == MPI_COMM_NULL) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "the communicator is MPI_COMM_NULL");
     int code = MPI_Comm_test_inter(from, &inter);
-    if (!code && inter) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is an intercommunicator, expected an intracommunicator");
+    if (!code && inter) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "the communicator is an intercommunicator, expected an intracommunicator");
     MPI_Query_thread(&level);
     if (level < MPI_THREAD_SERIALIZED) MPI_Is_thread_main(&main_thread);
-    if (!main_thread) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: called on another thread than MPI was initialised on, and MPI provides less than MPI_THREAD_SERIALIZED");
+    if (!main_thread) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "called on another thread than MPI was initialised on, and MPI provides less than MPI_THREAD_SERIALIZED");
     if (!code) code = MPI_Comm_rank(from, &rank);
     if (!code) code = MPI_Comm_size(from, &ranks);
     if (code) return llmpar__mpi_error(error, "MPI_Comm_size", code);
 
-    llmpar_mpi_world spare, *world = (llmpar_mpi_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    llmpar_mpi_world spare, *world = LLMPAR__ZALLOC(llmpar_mpi_world, heap, 1);
     int alone = !world; /* out of memory: takes part in the agreement all the same */
     if (alone) {
         world = &spare;
@@ -438,7 +438,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     pthread_mutex_init(&world->lock, NULL);
     llmpar__clock_cond_init(&world->wake);
     pthread_mutex_lock(&world->lock);
-    llmpar_status st = alone ? llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory") : llmpar__mpi_furnish(world, level, error);
+    llmpar_status st = alone ? LLMPAR__MPI_NO(LLMPAR_ERR_MEMORY, "out of memory") : llmpar__mpi_furnish(world, level, error);
     if (st && error->rank < 0) error->rank = world->rank;
     st = llmpar__mpi_agree(world, level, st, error);
     if (!st) llmpar__mpi_neighbours(world);
@@ -547,9 +547,8 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
         world->orderly = done;
         if (!done && !world->aborted) {
             int32_t late = 0;
-            llmpar_error error;
+            LLMPAR__NO_ERROR(error);
             while (late < world->ranks - 1 && (late == world->rank || (world->peer[late].bye && world->peer[late].flushed))) late++;
-            llmpar_error_clear(&error);
             llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "mpi: rank %d has not confirmed the end of the job within 10 s", (int)late);
             error.rank = late;
             llmpar__mpi_fail_locked(world, &error);
@@ -587,5 +586,6 @@ LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
 #undef LLMPAR__MPI_LAST_TAG
 #undef LLMPAR__MPI_LOOK
 #undef LLMPAR__MPI_ATTENTION
+#undef LLMPAR__MPI_NO
 
 #endif /* LLMPAR_USE_MPI */

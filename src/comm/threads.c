@@ -38,8 +38,6 @@ typedef struct llmpar__threads_job {
     llmpar__threads_call call;
 } llmpar__threads_job;
 
-static size_t llmpar__threads_min(size_t a, size_t b) { return a < b ? a : b; }
-
 static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, const llmpar_call *a, const llmpar_call *b)
 {
     char text[700];
@@ -99,8 +97,8 @@ static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, c
 static void llmpar__threads_share(const llmpar__threads_comm *tc, size_t total, size_t item, size_t *begin, size_t *end)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, grain = LLMPAR__THREADS_GRAIN / item, grains = (total + grain - 1) / grain;
-    *begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
-    *end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
+    *begin = llmpar__least(total, grains / n * r * grain + llmpar__least(r, grains % n) * grain);
+    *end = llmpar__least(total, grains / n * (r + 1) * grain + llmpar__least(r + 1, grains % n) * grain);
 }
 
 /* The data of rank i: in its slot, or where its send pointer says. */
@@ -123,7 +121,7 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
         return llmpar__threads_sum_to(tc, tc->inputs, (int32_t)n, tc->outputs, (int32_t)n, end - begin, (llmpar_dtype)call->what.dtype);
     }
     for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
-        size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
+        size_t count = llmpar__least(LLMPAR__THREADS_PIECE / item, end - at);
         char *mine = (char *)call->recv + at * item;
         for (size_t i = 0; i < n; i++) tc->inputs[i] = (const char *)slots[i].call.send + at * item;
         st = llmpar__threads_reduce(tc, call, count, mine);
@@ -131,6 +129,18 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
             if (i != r) st = llmpar__threads_copy(tc, (char *)slots[i].call.recv + at * item, mine, count * item);
     }
     return st;
+}
+
+/* `bytes` from here go to `offset` in everybody's output, mine first, wherever there is one and they do not stand there already. */
+static llmpar_status llmpar__threads_hand_out(llmpar__threads_comm *tc, const llmpar__threads_slot *slots, const void *from, size_t offset, size_t bytes)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    int32_t outs = 0;
+    for (size_t i = 0; i < n; i++) {
+        char *to = (char *)slots[(r + i) % n].call.recv;
+        if (to && to + offset != from) tc->outputs[outs++] = to + offset;
+    }
+    return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, bytes, LLMPAR_U8);
 }
 
 /* What this rank does between the barriers. part = bytes of one rank's part of one block. */
@@ -152,15 +162,7 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         }
         return st;
     case LLMPAR_CALL_ALL_GATHER:
-        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) {
-            const void *from = (const char *)call->send + b * part;
-            int32_t outs = 0;
-            for (size_t i = 0; i < n; i++) {
-                char *to = (char *)slots[(r + i) % n].call.recv + (b * n + r) * part;
-                if (to != from) tc->outputs[outs++] = to;
-            }
-            st = llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, part, LLMPAR_U8);
-        }
+        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) st = llmpar__threads_hand_out(tc, slots, (const char *)call->send + b * part, (b * n + r) * part, part);
         for (size_t k = 0; k < n && in_slot; k++) {
             size_t i = (r + k) % n;
             const char *from = (const char *)slots[i].payload;
@@ -172,16 +174,9 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         return st;
     case LLMPAR_CALL_BROADCAST:
         if (!in_slot) {
-            const llmpar__threads_call *root = &slots[call->what.root].call;
             size_t begin, end;
-            int32_t outs = 0;
             llmpar__threads_share(tc, part * call->what.blocks, 1, &begin, &end);
-            for (size_t i = 0; i < n; i++) {
-                char *to = (char *)slots[(r + i) % n].call.recv;
-                if (to && to != root->send) tc->outputs[outs++] = to + begin;
-            }
-            const void *from = (const char *)root->send + begin;
-            return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, end - begin, LLMPAR_U8);
+            return llmpar__threads_hand_out(tc, slots, (const char *)slots[call->what.root].call.send + begin, begin, end - begin);
         }
         if (!recv || recv == call->send) return LLMPAR_OK;
         return llmpar__threads_copy(tc, recv, slots[call->what.root].payload, part * call->what.blocks);
@@ -215,7 +210,7 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
     if (!channels) {
         pthread_mutex_lock(&tc->world->lock);
         channels = group->channels;
-        if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
+        if (!channels) channels = LLMPAR__ZALLOC(llmpar__threads_channel, tc->world->heap, n * n);
         __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&tc->world->lock);
         if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
@@ -256,8 +251,8 @@ static llmpar_status llmpar__threads_run(void *arg)
     llmpar__threads_job *job = (llmpar__threads_job *)arg;
     llmpar__threads_comm *tc = job->tc;
     llmpar__threads_call *call = &job->call;
-    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
-        return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, tc->comm.axis, tc->comm.one_thread));
+    llmpar_status st = llmpar__comm_thread_check(&tc->comm, &call->what);
+    if (st) return llmpar__threads_failed(tc, st);
     if (call->what.op == LLMPAR_CALL_SEND || call->what.op == LLMPAR_CALL_RECV) return llmpar__threads_point(tc, call);
     /* A barrier has count 0. */
     size_t bytes = call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype);
@@ -265,7 +260,7 @@ static llmpar_status llmpar__threads_run(void *arg)
     int in_slot = bytes <= LLMPAR__THREADS_INLINE;
     size_t payload = in_slot && !(call->what.op == LLMPAR_CALL_BROADCAST && call->what.root != tc->comm.rank) ? bytes : 0;
     llmpar__threads_slot *slots = NULL;
-    llmpar_status st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
+    st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
     if (st) return st;
     st = llmpar__threads_work(tc, call, slots, in_slot);
     if (!in_slot) llmpar__threads_barrier(tc, &call->what, 0); /* always: peers may still read my buffers, whatever became of my own work */
@@ -309,9 +304,9 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
 /* This rank's half of `group`. On failure the reference to the group is given back. */
 static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_record *record, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
-    llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
-    const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
-    void **outputs = (void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *outputs);
+    llmpar__threads_comm *tc = LLMPAR__ZALLOC(llmpar__threads_comm, heap, 1);
+    const void **inputs = LLMPAR__ALLOC(const void *, heap, (size_t)group->ranks);
+    void **outputs = LLMPAR__ALLOC(void *, heap, (size_t)group->ranks);
     if (tc) {
         tc->comm.axis = group->axis;
         tc->comm.ranks = group->ranks;
@@ -352,9 +347,8 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     *out = NULL;
-    llmpar__threads_call call;
+    LLMPAR__ZEROED(llmpar__threads_call, call);
     const llmpar_collective given = llmpar__comm_collective(NULL, NULL, 0, LLMPAR_DTYPE_DEFAULT, name);
-    memset(&call, 0, sizeof call);
     llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
     if (call.what.rank < 0) call.what.rank = tc->world_rank;
     int32_t mine[2] = {color, key}, theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
@@ -375,7 +369,7 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     }
     llmpar__threads_group *group = NULL;
     if (leader == comm->rank) {
-        int32_t *members = (int32_t *)llmpar_heap_alloc(tc->heap, (size_t)ranks, sizeof *members);
+        int32_t *members = LLMPAR__ALLOC(int32_t, tc->heap, (size_t)ranks);
         if (members) {
             for (int32_t i = 0; i < n; i++) {
                 int32_t place = 0, other[2];

@@ -21,7 +21,6 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #define LLMPAR__THREADS_YIELDS 4
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
@@ -42,15 +41,15 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     if (!desc) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: no desc");
     if (desc->ranks < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: ranks = %d, expected at least 1", (int)desc->ranks);
     if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
-    llmpar_threads_world *world = (llmpar_threads_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    llmpar_threads_world *world = LLMPAR__ZALLOC(llmpar_threads_world, heap, 1);
     if (!world) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "threads: out of memory for %d ranks", (int)desc->ranks);
     world->heap = heap;
     world->desc = *desc;
     llmpar_error_clear(&world->failure);
     pthread_mutex_init(&world->lock, NULL);
     world->spins = desc->crowded ? 4 : LLMPAR__THREADS_SPINS;
-    world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
-    int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
+    world->rank = LLMPAR__ZALLOC(llmpar__threads_rank, heap, (size_t)desc->ranks);
+    int32_t *all = LLMPAR__ALLOC(int32_t, heap, (size_t)desc->ranks);
     if (world->rank)
         for (int32_t i = 0; i < desc->ranks; i++) llmpar__clock_cond_init(&world->rank[i].turn);
     llmpar__clock_cond_init(&world->ended);
@@ -105,7 +104,7 @@ LLMPAR__PRIVATE_DEF llmpar__threads_group *llmpar__threads_group_create(llmpar_t
 {
     pthread_mutex_lock(&world->lock);
     llmpar_heap *heap = world->heap;
-    llmpar__threads_group *group = (llmpar__threads_group *)llmpar_heap_zalloc(heap, 1, sizeof *group);
+    llmpar__threads_group *group = LLMPAR__ZALLOC(llmpar__threads_group, heap, 1);
     if (group) {
         group->world = world;
         group->ranks = group->references = ranks;
@@ -115,9 +114,9 @@ LLMPAR__PRIVATE_DEF llmpar__threads_group *llmpar__threads_group_create(llmpar_t
         world->groups = group;
         snprintf(group->axis, sizeof group->axis, "%.23s", axis);
         llmpar__clock_cond_init(&group->wake);
-        group->world_rank = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *group->world_rank);
-        group->arrived = (uint32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *group->arrived);
-        group->slots = (llmpar__threads_slot *)llmpar_heap_zalloc(heap, 2 * (size_t)ranks, sizeof *group->slots);
+        group->world_rank = LLMPAR__ALLOC(int32_t, heap, (size_t)ranks);
+        group->arrived = LLMPAR__ZALLOC(uint32_t, heap, (size_t)ranks);
+        group->slots = LLMPAR__ZALLOC(llmpar__threads_slot, heap, 2 * (size_t)ranks);
         if (group->world_rank && group->arrived && group->slots) {
             memcpy(group->world_rank, world_rank, (size_t)ranks * sizeof *world_rank);
         } else {
@@ -473,12 +472,10 @@ LLMPAR_DEF size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t 
 /* When the rank last gave a sign of life. Its record has the time of day: taken as an age. */
 static double llmpar__threads_seen(llmpar_threads_world *world, int32_t rank)
 {
-    struct timespec t;
     llmpar_position p;
-    clock_gettime(CLOCK_REALTIME, &t);
     llmpar__threads_position(world, rank, &p);
-    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__clock_seconds();
-    double seen = p.time_ns && age > 0 ? now - age : now;
+    int64_t age = (int64_t)(llmpar__clock_ns(CLOCK_REALTIME) - p.time_ns);
+    double seen = llmpar__clock_seconds() - (p.time_ns && age > 0 ? 1e-9 * (double)age : 0);
     return seen > world->rank[rank].seen ? seen : world->rank[rank].seen;
 }
 

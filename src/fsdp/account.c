@@ -113,32 +113,35 @@ static const struct { llmpar_tag tag; const char *name; } llmpar__account_names[
     {LLMPAR_TAG_GRADIENTS, "micro-batch counters"}, {LLMPAR_TAG_GRADIENTS, "second slot of a tied weight"}, {LLMPAR_TAG_GRADIENTS, "padding"}, {LLMPAR_TAG_OPTIMIZER, "optimizer"}, {LLMPAR_TAG_OPTIMIZER, "master parameters"}, {LLMPAR_TAG_OPTIMIZER, "padding"},
 };
 
-static void llmpar__account_add(llmpar__account *account, const llmpar__flat *flat, int whole, llmpar_dtype dtype, int line, int padding, int sign)
+/* A buffer of the unit, on its line and on its tag's last one, which is padding. sign: it comes (1) or goes (-1). */
+static void llmpar__account_add(llmpar__account *account, const llmpar__flat *flat, int whole, llmpar_dtype dtype, int line, int sign)
 {
+    int padding = line + 1;
+    while (padding + 1 < LLMPAR__ACCOUNT_LINES && llmpar__account_names[padding + 1].tag == llmpar__account_names[line].tag) padding++;
     uint64_t size = llmpar_dtype_size(dtype), alignment = account->fsdp->device->alignment, numbers = 0;
     uint64_t bytes = ((uint64_t)(whole ? flat->elements : flat->shard_elements) * size + alignment - 1) / alignment * alignment;
     for (int32_t i = 0; i < (whole ? flat->unit.param_count : flat->segment_count); i++) numbers += (uint64_t)(whole ? flat->count[i] : flat->segments[i].count) * size;
-    account->now[line] += sign > 0 ? numbers : 0 - numbers;
-    account->now[padding] += sign > 0 ? bytes - numbers : numbers - bytes;
+    account->now[line] += (uint64_t)sign * numbers; /* modulo 2^64: -1 takes away */
+    account->now[padding] += (uint64_t)sign * (bytes - numbers);
 }
 
 static void llmpar__account_gradient(llmpar__account *account, int32_t unit, int32_t use, int32_t local, int32_t slot, int sign)
 {
     const llmpar_fsdp *fsdp = account->fsdp;
     int line = local ? LLMPAR__ACCOUNT_LOCAL : use ? LLMPAR__ACCOUNT_TIED : slot ? LLMPAR__ACCOUNT_COUNTERS : LLMPAR__ACCOUNT_GRADIENTS;
-    llmpar__account_add(account, &fsdp->units[unit], local || fsdp->whole_grads, fsdp->sum, line, LLMPAR__ACCOUNT_GRADIENTS_PAD, sign);
+    llmpar__account_add(account, &fsdp->units[unit], local || fsdp->whole_grads, fsdp->sum, line, sign);
 }
 
 static void llmpar__account_optimizer(llmpar__account *account, const llmpar__flat *flat, int sign)
 {
-    for (int32_t i = 0; i < account->fsdp->optimizer_states && !flat->unit.frozen; i++) llmpar__account_add(account, flat, account->fsdp->whole_state, account->fsdp->sum, LLMPAR__ACCOUNT_OPTIMIZER, LLMPAR__ACCOUNT_OPTIMIZER_PAD, sign);
+    for (int32_t i = 0; i < account->fsdp->optimizer_states && !flat->unit.frozen; i++) llmpar__account_add(account, flat, account->fsdp->whole_state, account->fsdp->sum, LLMPAR__ACCOUNT_OPTIMIZER, sign);
 }
 
 static void llmpar__account_params(llmpar__account *account, const llmpar__flat *flat, int sign)
 {
     const llmpar_fsdp *fsdp = account->fsdp;
-    if (!fsdp->policy.master) llmpar__account_add(account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, LLMPAR__ACCOUNT_PARAMETERS_PAD, sign);
-    else if (!flat->unit.frozen) llmpar__account_add(account, flat, fsdp->whole_state, fsdp->sum, LLMPAR__ACCOUNT_MASTER, LLMPAR__ACCOUNT_OPTIMIZER_PAD, sign);
+    if (!fsdp->policy.master) llmpar__account_add(account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, sign);
+    else if (!flat->unit.frozen) llmpar__account_add(account, flat, fsdp->whole_state, fsdp->sum, LLMPAR__ACCOUNT_MASTER, sign);
 }
 
 static void llmpar__account_step(llmpar__account *account, const llmpar_instruction *in)
@@ -148,12 +151,12 @@ static void llmpar__account_step(llmpar__account *account, const llmpar_instruct
     int sign = in->op == LLMPAR_OP_FETCH ? 1 : -1;
     switch (in->op) {
     case LLMPAR_OP_GATHER:
-        if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, LLMPAR__ACCOUNT_GATHERED_PAD, 1);
+        if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, 1);
         break;
     case LLMPAR_OP_FREE:
         if (in->slot >= 0) llmpar__account_gradient(account, in->unit, in->use, in->local, in->slot, -1);
         else if (in->what == LLMPAR_STATE_PARAMS) llmpar__account_params(account, flat, -1);
-        else if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, LLMPAR__ACCOUNT_GATHERED_PAD, -1);
+        else if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, -1);
         break;
     case LLMPAR_OP_BACKWARD:
         if (in->slot >= 0) llmpar__account_gradient(account, in->unit, 0, in->local, in->slot, 1);
@@ -191,15 +194,14 @@ static void llmpar__account_peaks(llmpar__account *account)
 
 LLMPAR_DEF int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, llmpar_mark mark, llmpar_account_line *lines, int32_t capacity)
 {
-    llmpar__account account;
+    LLMPAR__ZEROED(llmpar__account, account);
     int32_t count = 0;
-    memset(&account, 0, sizeof account);
     account.fsdp = fsdp;
     for (int32_t u = 0; u < fsdp->unit_count; u++) {
         const llmpar__flat *flat = &fsdp->units[u];
         if (fsdp->tier[LLMPAR_STATE_OPTIMIZER] == LLMPAR_TIER_DEVICE) llmpar__account_optimizer(&account, flat, 1);
         if (fsdp->tier[LLMPAR_STATE_PARAMS] == LLMPAR_TIER_DEVICE) llmpar__account_params(&account, flat, 1);
-        if (fsdp->policy.master) llmpar__account_add(&account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, LLMPAR__ACCOUNT_PARAMETERS_PAD, 1);
+        if (fsdp->policy.master) llmpar__account_add(&account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, 1);
     }
     memcpy(account.peak, account.now, sizeof account.peak);
     for (int32_t i = 0; i < (mark == LLMPAR_MARK_REST ? 0 : schedule->count); i++) {

@@ -80,8 +80,8 @@ static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_i
 {
     switch (in->op) {
     case LLMPAR_OP_FORWARD:
-    case LLMPAR_OP_RECOMPUTE:
-    case LLMPAR_OP_BACKWARD: return llmpar__exec_unit(exec, in);
+    case LLMPAR_OP_RECOMPUTE: return llmpar__exec_forward(exec, in);
+    case LLMPAR_OP_BACKWARD: return llmpar__exec_backward(exec, in);
     case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
     default: return llmpar__exec_shard(exec, in);
     }
@@ -114,12 +114,10 @@ static const char *llmpar__exec_category(llmpar_op op)
 static llmpar_status llmpar__exec_trace(llmpar__exec *exec, const llmpar_instruction *in, uint64_t *id)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_schedule one;
-    llmpar_trace_span span;
     *id = 0;
     if (!fsdp->trace || in->op == LLMPAR_OP_FREE) return LLMPAR_OK;
-    memset(&one, 0, sizeof one);
-    memset(&span, 0, sizeof span);
+    LLMPAR__ZEROED(llmpar_schedule, one);
+    LLMPAR__ZEROED(llmpar_trace_span, span);
     one.list = (llmpar_instruction *)(uintptr_t)in;
     one.count = 1;
     span.lane = (int32_t)in->stream;
@@ -163,7 +161,7 @@ static llmpar_status llmpar__exec_events(llmpar_fsdp *fsdp, const llmpar_instruc
 {
     llmpar_heap *heap = &fsdp->ctx->heap;
     if (count > fsdp->event_count) {
-        llmpar_event **event = (llmpar_event **)llmpar_heap_zalloc(heap, (size_t)count, sizeof *event);
+        llmpar_event **event = LLMPAR__ZALLOC(llmpar_event *, heap, (size_t)count);
         if (!event) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d events", (int)count);
         if (fsdp->event_count) memcpy(event, fsdp->event, (size_t)fsdp->event_count * sizeof *event);
         llmpar_heap_free(heap, fsdp->event);
@@ -242,8 +240,8 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
         if (fsdp->units[u].held || fsdp->units[u].held_state) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: its shard or state is still fetched by hand, expected shard_done and optimizer_done before a step", fsdp->units[u].unit.name);
         if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
     }
-    unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
-    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, 2 * (size_t)exec.micro_batches + 1, sizeof *exec.micro);
+    unsigned char *awaited = LLMPAR__ZALLOC(unsigned char, heap, (size_t)count + 1);
+    exec.micro = LLMPAR__ALLOC(llmpar_micro, heap, 2 * (size_t)exec.micro_batches + 1);
     llmpar_status status = LLMPAR_OK;
     if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);
     for (int32_t m = 0; m < exec.micro_batches && !status; m++) {
@@ -258,9 +256,9 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         llmpar__flat *flat = &fsdp->units[u];
         flat->sized = NULL;
-        flat->output = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->saved = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->dinput = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        flat->output = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
+        flat->saved = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
+        flat->dinput = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
         if (!flat->output || !flat->saved || !flat->dinput) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d micro-batches", (int)exec.micro_batches);
     }
     if (!status) status = llmpar__exec_events(fsdp, list, count, awaited);

@@ -14,7 +14,7 @@ static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stre
     llmpar_status status = LLMPAR_OK;
     size_t size = llmpar_dtype_size(fsdp->reduce);
     for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
-        size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
+        size_t piece = llmpar__least(count - at, LLMPAR__REDUCE_PIECE);
         for (int32_t r = 0; r < ranks && !status; r++) {
             fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
             status = llmpar__device_cast(fsdp->device, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
@@ -134,15 +134,14 @@ static llmpar_status llmpar__exec_update(llmpar__exec *exec, int32_t unit, void 
 {
     llmpar_run *run = exec->run;
     const llmpar__flat *flat = &exec->fsdp->units[unit];
-    llmpar_update update;
     if (!run->optimizer || !llmpar__exec_counts(exec)) return LLMPAR_OK;
-    memset(&update, 0, sizeof update);
+    LLMPAR__ZEROED(llmpar_update, update);
     update.unit = unit;
     update.dtype = exec->fsdp->sum;
     update.elements = flat->shard_elements;
     update.param = param;
     update.grad = grad;
-    for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = state[i];
+    memcpy(update.state, state, sizeof update.state);
     update.segments = flat->segments;
     update.segment_count = flat->segment_count;
     update.grad_scale = exec->grad_scale;
@@ -271,7 +270,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const 
         llmpar__flat *flat = &fsdp->units[u];
         flat->grad_stored = 0;
         if (flat->activation_count >= exec->micro_batches) continue;
-        llmpar__place *place = (llmpar__place *)llmpar_heap_zalloc(heap, 2 * (size_t)exec->micro_batches, sizeof *place);
+        llmpar__place *place = LLMPAR__ZALLOC(llmpar__place, heap, 2 * (size_t)exec->micro_batches);
         if (!place) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "offload: no memory for %d micro-batches", (int)exec->micro_batches);
         if (flat->activation_count) memcpy(place, flat->activation_place, 2 * (size_t)flat->activation_count * sizeof *place);
         llmpar_heap_free(heap, flat->activation_place);
@@ -290,7 +289,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const 
         }
     }
     if (status || !grow) return status;
-    llmpar__store_rewind(fsdp->store, fsdp->store_fixed);
+    llmpar__store_rewind(fsdp->store);
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         llmpar__flat *flat = &fsdp->units[u];
         for (int i = 0; i < 2 * LLMPAR_GRAD_SLOTS && !status; i++) status = llmpar__exec_relay(fsdp, &flat->grad_place[i / LLMPAR_GRAD_SLOTS][i % LLMPAR_GRAD_SLOTS], LLMPAR_STATE_GRADS);

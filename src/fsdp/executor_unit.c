@@ -123,8 +123,8 @@ static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_uni
     return status ? status : a ? a : b;
 }
 
-/* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
-static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
+/* RECOMPUTE hands nothing on: its output, where the unit cannot leave it out, goes at once. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[in->unit];
@@ -168,7 +168,7 @@ static llmpar_status llmpar__exec_gradient(llmpar__exec *exec, int32_t unit, int
     return status;
 }
 
-static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[in->unit], *before = in->unit > 0 ? flat - 1 : NULL, *behind = in->unit + 1 < fsdp->unit_count ? flat + 1 : NULL;
@@ -196,5 +196,3 @@ static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_inst
     if (!status && behind) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
     return status;
 }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in) { return in->op == LLMPAR_OP_BACKWARD ? llmpar__exec_backward(exec, in) : llmpar__exec_forward(exec, in); }

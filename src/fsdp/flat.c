@@ -82,7 +82,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
         llmpar_fsdp_dtensor(fsdp, index, i, &tensor);
         llmpar_status status = llmpar_dtensor_check(&tensor, fsdp->mesh->degree, &ctx->error);
         if (status) return status;
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        llmpar__mesh_local(fsdp->mesh, &tensor, &local);
         if (local.flat_count == 0) continue;
         llmpar_segment *segment = &flat->segments[flat->segment_count++];
         segment->param = i;
@@ -101,7 +101,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
 static char *llmpar__flat_label(llmpar_heap *heap, const char *unit, const char *what)
 {
     size_t bytes = strlen(unit) + strlen(what) + 2;
-    char *text = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    char *text = LLMPAR__ALLOC(char, heap, bytes);
     if (text) snprintf(text, bytes, "%s/%s", unit, what);
     return text;
 }
@@ -121,13 +121,13 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     for (size_t i = 0; i < n; i++)
         if (unit->params[i].dims < 0 || unit->params[i].dims > LLMPAR_MAX_DIMS) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SHAPE, "%s: %d dims, expected 0 .. %d", unit->params[i].name, (int)unit->params[i].dims, LLMPAR_MAX_DIMS);
     flat->unit.name = llmpar_heap_strdup(heap, unit->name);
-    llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
+    llmpar_param *params = LLMPAR__ZALLOC(llmpar_param, heap, n + 1);
     flat->unit.params = params;
-    flat->layout = (int64_t *)llmpar_heap_zalloc(heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP], sizeof(int64_t));
-    flat->count = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
-    flat->segments = (llmpar_segment *)llmpar_heap_zalloc(heap, n + 1, sizeof(llmpar_segment));
-    flat->params = (void **)llmpar_heap_zalloc(heap, n + 1, sizeof(void *));
-    flat->grads = (void **)llmpar_heap_zalloc(heap, 2 * n + 1, sizeof(void *));
+    flat->layout = LLMPAR__ZALLOC(int64_t, heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP]);
+    flat->count = LLMPAR__ZALLOC(int64_t, heap, n + 1);
+    flat->segments = LLMPAR__ZALLOC(llmpar_segment, heap, n + 1);
+    flat->params = LLMPAR__ZALLOC(void *, heap, n + 1);
+    flat->grads = LLMPAR__ZALLOC(void *, heap, 2 * n + 1);
     int missing = !flat->unit.name || !params || !flat->layout || !flat->count || !flat->segments || !flat->params || !flat->grads;
     for (int i = 0; i < LLMPAR__LABEL_COUNT && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
     for (size_t i = 0; i < n && !missing; i++) {
@@ -158,7 +158,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, v
         llmpar_dtensor tensor;
         llmpar_local local;
         llmpar_fsdp_dtensor(fsdp, index, segment->param, &tensor);
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        llmpar__mesh_local(fsdp->mesh, &tensor, &local);
         for (int64_t done = 0; done < segment->count && !status;) {
             int64_t run, count = segment->count - done;
             int64_t first = llmpar_dtensor_run(&tensor, &local, local.flat_begin + done, &run);
@@ -209,19 +209,18 @@ static llmpar_status llmpar__flat_memory(llmpar_fsdp *fsdp, int32_t index)
     return status;
 }
 
-/* Streams, each with a thread of its own where that was asked for; then no communicator serves two of them. */
-static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
+/* Streams, each with a thread of its own where that was asked for (file: something is offloaded to one); then no communicator serves two of them. */
+static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap, int file)
 {
     static const char *const names[] = {"compute", "gather", "reduce", "tp", "offload"};
     llmpar_device *device = fsdp->device;
     llmpar_status status = LLMPAR_OK;
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++) status = device->stream_create(device, names[s], &fsdp->stream[s]);
     const llmpar_comm *world = fsdp->mesh->world;
-    const char *alone = world->size >= offsetof(llmpar_comm, one_thread) + sizeof world->one_thread ? world->one_thread : NULL;
+    const char *alone = LLMPAR__HAS(world, one_thread) ? world->one_thread : NULL;
     if (!status && overlap && alone) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: overlap: %s, expected collectives that run on any thread", alone);
     /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
-    int threads = device->size >= offsetof(llmpar_device, stream_thread) + sizeof device->stream_thread && device->stream_thread, file = 0;
-    for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
+    int threads = LLMPAR__HAS(device, stream_thread);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
     if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++)
@@ -243,7 +242,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
     llmpar_status status = LLMPAR_OK;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
     if (fsdp->policy.offload) status = llmpar__store_create(ctx, desc->offload_dir, file, desc->count_only, &fsdp->store);
-    if (!status) status = llmpar__fsdp_streams(fsdp, desc->overlap);
+    if (!status) status = llmpar__fsdp_streams(fsdp, desc->overlap, file);
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_copy(fsdp, u, &units[u]);
     /* Names are keys of files and of the random numbers: twice the same would be a silent copy. */
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++)
@@ -253,7 +252,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
                     if (!strcmp(fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.params[j].name))
                         status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "parameter name %s stands in units %s and %s, expected once", fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.name, fsdp->units[u].unit.name);
     int32_t ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
-    fsdp->parts = (const void **)llmpar_heap_zalloc(&ctx->heap, (size_t)(ranks > fsdp->replicas ? ranks : fsdp->replicas), sizeof *fsdp->parts);
+    fsdp->parts = LLMPAR__ZALLOC(const void *, &ctx->heap, (size_t)(ranks > fsdp->replicas ? ranks : fsdp->replicas));
     if (!status && !fsdp->parts) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d ranks", (int)ranks);
     void *scalars = NULL;
     if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t), "loss and norm", &scalars);
@@ -266,10 +265,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
         if (llmpar_device_host_alloc(fsdp->device, &ctx->heap, (size_t)LLMPAR__CAST_PIECE * llmpar_dtype_size(fsdp->dtype), &fsdp->host_cast[i])) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for updated parameters on their way");
         if (!status) status = fsdp->device->event_create(fsdp->device, &fsdp->host_cast_event[i]);
     }
-    if (!status && fsdp->store) {
-        fsdp->store_fixed = llmpar__store_end(fsdp->store);
-        status = llmpar__store_reserve(fsdp->store);
-    }
+    if (!status && fsdp->store) status = llmpar__store_fix(fsdp->store);
     size_t bytes = (size_t)LLMPAR__FLAT_CHUNK * llmpar_dtype_size(fsdp->sum);
     void *staging = NULL;
     if (!status && !desc->count_only && llmpar_device_host_alloc(fsdp->device, &ctx->heap, bytes, &staging)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for initial values");
@@ -285,7 +281,7 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
     llmpar_policy *policy = &fsdp->policy;
     if (desc->zero < LLMPAR_ZERO_DEFAULT || desc->zero > LLMPAR_ZERO_3) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: zero = %d, expected LLMPAR_ZERO_0 .. LLMPAR_ZERO_3", (int)desc->zero);
     fsdp->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
-    if (fsdp->dtype != LLMPAR_F32 && fsdp->dtype != LLMPAR_F64 && fsdp->dtype != LLMPAR_BF16 && fsdp->dtype != LLMPAR_F16)
+    if (!llmpar__dtype_floats(fsdp->dtype))
         return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: dtype %s, expected f32, f64, bf16 or f16", llmpar_dtype_name(fsdp->dtype));
     fsdp->sum = llmpar_dtype_sum(fsdp->dtype);
     fsdp->reduce = desc->reduce_dtype == LLMPAR_DTYPE_DEFAULT ? fsdp->sum : desc->reduce_dtype;
@@ -325,7 +321,7 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
 static llmpar_status llmpar__fsdp_graphs(llmpar_fsdp *fsdp, const llmpar_unit *units, int32_t unit_count)
 {
     const llmpar_device *device = fsdp->device;
-    if (device->size < offsetof(llmpar_device, region_end) + sizeof device->region_end || !device->region_begin || !device->region_end)
+    if (!LLMPAR__HAS(device, region_end) || !device->region_begin)
         return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: graphs on device %s, which has none; expected a CUDA device in mode fast", device->name);
     for (int32_t u = 0; u < unit_count; u++)
         for (int32_t i = 0; i < units[u].forward_count + units[u].backward_count; i++) {
@@ -342,7 +338,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     *out = NULL;
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: no desc");
     if (unit_count < 1 || !units) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: %d units%s, expected at least 1", (int)unit_count, units ? "" : " at NULL");
-    llmpar_fsdp *fsdp = (llmpar_fsdp *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *fsdp);
+    llmpar_fsdp *fsdp = LLMPAR__ZALLOC(llmpar_fsdp, &ctx->heap, 1);
     if (!fsdp) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory");
     fsdp->ctx = ctx;
     fsdp->mesh = mesh;
@@ -354,7 +350,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     if (!status && desc->graphs) status = llmpar__fsdp_graphs(fsdp, units, unit_count);
     if (!status) {
         fsdp->unit_count = unit_count;
-        fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
+        fsdp->units = LLMPAR__ZALLOC(llmpar__flat, &ctx->heap, (size_t)unit_count);
         status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
     }
     if (!status) status = llmpar_arena_reserve(fsdp->arena, desc->memory_reserve);

@@ -73,7 +73,6 @@ struct llmpar_fsdp {
     int32_t optimizer_states;
     llmpar_tier tier[LLMPAR_STATE_COUNT];
     llmpar__store *store;             /* NULL: nothing is offloaded */
-    uint64_t store_fixed;             /* end of what has its place for good */
     uint64_t seed;
     llmpar__flat *units;
     int32_t unit_count;
@@ -141,8 +140,9 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, in
 /* account.c: what a unit needs for a micro-batch of this shape; does its RECOMPUTE leave its output out? */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_unit_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out);
 LLMPAR__PRIVATE int llmpar__fsdp_leaves_output(const llmpar_unit *unit);
-/* executor_unit.c: FORWARD, RECOMPUTE, BACKWARD. */
-LLMPAR__PRIVATE llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in);
+/* executor_unit.c: FORWARD and RECOMPUTE; BACKWARD. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in);
+LLMPAR__PRIVATE llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in);
 LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out);
 /* executor_shard.c: what happens to gradients, states and parameters. */
 LLMPAR__PRIVATE llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in);

@@ -81,7 +81,7 @@ static llmpar_instruction *llmpar__plan_emit(llmpar__plan *plan, llmpar_op op, i
     static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1, -1, -1}};
     if (schedule->count == schedule->capacity) {
         int32_t capacity = schedule->capacity * 2;
-        llmpar_instruction *list = (llmpar_instruction *)llmpar_heap_alloc(schedule->heap, (size_t)capacity, sizeof *list);
+        llmpar_instruction *list = LLMPAR__ALLOC(llmpar_instruction, schedule->heap, (size_t)capacity);
         if (!list) {
             plan->status = 1;
             schedule->count = 0; /* keep writing into the old list; the caller reports */
@@ -540,13 +540,13 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
     if (status) return status;
     LLMPAR__ZEROED(llmpar__plan, plan);
-    llmpar_schedule *schedule = (llmpar_schedule *)llmpar_heap_zalloc(heap, 1, sizeof *schedule);
+    llmpar_schedule *schedule = LLMPAR__ZALLOC(llmpar_schedule, heap, 1);
     if (!schedule) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: out of memory");
     schedule->heap = heap;
     schedule->units = unit_count;
     schedule->policy = resolved;
     schedule->capacity = 64;
-    schedule->list = (llmpar_instruction *)llmpar_heap_alloc(heap, (size_t)schedule->capacity, sizeof *schedule->list);
+    schedule->list = LLMPAR__ALLOC(llmpar_instruction, heap, (size_t)schedule->capacity);
     plan.schedule = schedule;
     plan.units = units;
     plan.first = resolved.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
@@ -554,7 +554,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     plan.steps = plan.steps_per_micro * resolved.micro_batches * (resolved.update == LLMPAR_UPDATE_TWO_PASSES && !resolved.forward_only ? 2 : 1);
     plan.last_param_free = plan.last_grad_free = plan.pending[0] = plan.pending[1] = -1;
     plan.flag = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)plan.steps, (size_t)unit_count);
-    int32_t *per_unit = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 5, sizeof(int32_t));
+    int32_t *per_unit = LLMPAR__ZALLOC(int32_t, heap, (size_t)unit_count * 5);
     plan.last_gather = per_unit;
     plan.uses_left = per_unit + unit_count;
     plan.update = per_unit + 2 * unit_count;

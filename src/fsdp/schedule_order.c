@@ -20,7 +20,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__order_create(llmpar__order *order, llm
     order->host_update = policy->host_update;
     order->heap = heap;
     order->clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count + 1, sizeof *order->clock);
-    order->track = (llmpar__track *)llmpar_heap_alloc(heap, tracks, sizeof *order->track);
+    order->track = LLMPAR__ALLOC(llmpar__track, heap, tracks);
     if (!order->clock || !order->track) {
         llmpar__order_destroy(order);
         return LLMPAR_ERR_MEMORY;

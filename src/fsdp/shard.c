@@ -95,13 +95,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_s
 {
     if (*moved->memory) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "%s: fetched while it is on the device", moved->label);
     llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, moved->tag, (size_t)moved->place->used, moved->label, moved->memory);
-    return status ? status : llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
+    return status ? status : llmpar__store_transfer(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label, 0);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write)
 {
     if (!*moved->memory) return LLMPAR_OK;
-    llmpar_status status = write ? llmpar__store_write(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label) : LLMPAR_OK;
+    llmpar_status status = write ? llmpar__store_transfer(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label, 1) : LLMPAR_OK;
     llmpar_status freed = llmpar__fsdp_free(fsdp, stream, moved->memory);
     return status ? status : freed;
 }

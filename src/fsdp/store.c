@@ -14,7 +14,7 @@ struct llmpar__store {
     char *path;            /* the name it had */
     int count_only;
     int fd;                /* -1: no file */
-    uint64_t end;          /* of the ranges given out */
+    uint64_t end, fixed;   /* of the ranges given out; of those that stay for good */
     uint64_t reserved;     /* bytes that the disk has */
     void *staging;         /* [LLMPAR__STORE_CHUNK] */
     llmpar_error error;    /* of a transfer */
@@ -24,7 +24,7 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
 {
     llmpar_ctx *ctx = store->ctx;
     size_t bytes = strlen(directory) + 80;
-    store->path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    store->path = LLMPAR__ALLOC(char, &ctx->heap, bytes);
     llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__STORE_CHUNK, &store->staging);
     if (!store->path || status) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
     /* A name that somebody else's left-over or another process space with the same ids has is not ours: the next one. */
@@ -41,7 +41,7 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_create(llmpar_ctx *ctx, const char *directory, int file, int count_only, llmpar__store **out)
 {
     *out = NULL;
-    llmpar__store *store = (llmpar__store *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *store);
+    llmpar__store *store = LLMPAR__ZALLOC(llmpar__store, &ctx->heap, 1);
     if (!store) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: out of memory");
     store->ctx = ctx;
     store->fd = -1;
@@ -85,8 +85,7 @@ LLMPAR__PRIVATE_DEF void llmpar__store_drop(llmpar__store *store, llmpar__place 
     memset(place, 0, sizeof *place);
 }
 
-LLMPAR__PRIVATE_DEF uint64_t llmpar__store_end(const llmpar__store *store) { return store->end; }
-LLMPAR__PRIVATE_DEF void llmpar__store_rewind(llmpar__store *store, uint64_t end) { store->end = end; }
+LLMPAR__PRIVATE_DEF void llmpar__store_rewind(llmpar__store *store) { store->end = store->fixed; }
 
 /* Whole transfers in spite of short ones and signals; errno of the one that failed, -1: the file ended. */
 static int llmpar__store_move(int fd, char *memory, size_t bytes, uint64_t offset, int write)
@@ -124,6 +123,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_reserve(llmpar__store *store)
     return LLMPAR_OK;
 }
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_fix(llmpar__store *store)
+{
+    store->fixed = store->end;
+    return llmpar__store_reserve(store);
+}
+
 /* One chunk between the staging buffer and the file; runs in stream order. */
 typedef struct llmpar__store_job {
     llmpar__store *store;
@@ -143,7 +148,7 @@ static llmpar_status llmpar__store_chunk(void *arg)
                             number < 0 ? "the file ends before them" : strerror(number));
 }
 
-static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, char *memory, const char *label, int write)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label, int write)
 {
     llmpar_device *device = store->ctx->device;
     if (store->count_only) return LLMPAR_OK;
@@ -152,20 +157,11 @@ static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream 
     for (uint64_t at = 0; at < place->used && !status; at += LLMPAR__STORE_CHUNK) {
         const size_t bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
         const llmpar__store_job job = {store, label, place->offset + at, bytes, write};
-        if (write) status = device->copy(device, stream, store->staging, memory + at, bytes);
+        if (write) status = device->copy(device, stream, store->staging, (char *)memory + at, bytes);
         if (!status) status = device->host_call(device, stream, llmpar__store_chunk, &job, sizeof job);
-        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, bytes);
+        if (!write && !status) status = device->copy(device, stream, (char *)memory + at, store->staging, bytes);
     }
     return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label)
-{
-    return llmpar__store_transfer(store, stream, place, (char *)(uintptr_t)memory, label, 1);
-}
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label)
-{
-    return llmpar__store_transfer(store, stream, place, (char *)memory, label, 0);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status)

@@ -25,13 +25,12 @@ LLMPAR__PRIVATE void llmpar__store_destroy(llmpar__store *store); /* NULL is fin
 /* Room for `bytes` behind what the file holds, or zeroed host memory. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_place(llmpar__store *store, llmpar_tier tier, uint64_t bytes, llmpar__place *place);
 LLMPAR__PRIVATE void llmpar__store_drop(llmpar__store *store, llmpar__place *place); /* host memory is freed; the file's range only with a rewind */
-LLMPAR__PRIVATE uint64_t llmpar__store_end(const llmpar__store *store);
-LLMPAR__PRIVATE void llmpar__store_rewind(llmpar__store *store, uint64_t end); /* ranges behind `end` are no longer used */
+LLMPAR__PRIVATE void llmpar__store_rewind(llmpar__store *store); /* ranges behind those that are fixed are no longer used */
 /* The disk's blocks for everything placed so far: zeros where nothing was written. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_reserve(llmpar__store *store);
-/* Enqueue place->used bytes from or to device memory, always on the same stream. label is borrowed until they ran. */
-LLMPAR__PRIVATE llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label);
-LLMPAR__PRIVATE llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label);
+LLMPAR__PRIVATE llmpar_status llmpar__store_fix(llmpar__store *store); /* the same, and all that stays for good */
+/* Enqueues place->used bytes from (write) or to device memory, always on the same stream. label is borrowed until they ran. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label, int write);
 /* After a failed wait for the stream: makes the failure of a transfer the rank's error. The stream's thread does not touch that. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status);
 

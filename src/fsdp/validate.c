@@ -6,7 +6,7 @@
 #include "base/bits_internal.h"
 
 /* A list is walked once, in list order, as one rank's memory would see it: what is gathered, fetched, stored, saved. That streams keep to that order is proved with vector clocks (schedule_order.c).
-   Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. */
+   Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. What looks at an instruction returns why it is wrong, NULL: it is not. */
 typedef struct llmpar__buffer {
     int32_t live, stored, writer, consumed, reduced, replica, normed;
     int64_t gradients;
@@ -70,15 +70,18 @@ static uint64_t llmpar__proof_expected(const llmpar__proof *proof, int32_t unit,
     return stack[0];
 }
 
-static llmpar_status llmpar__proof_complete(llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer, int32_t again)
+/* Over all data ranks. */
+static int llmpar__proof_reduced(const llmpar__proof *proof, const llmpar__buffer *buffer) { return buffer->reduced && (proof->policy.replicas < 2 || buffer->replica); }
+
+static const char *llmpar__proof_complete(llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer, int32_t again)
 {
     int uses = 1 + llmpar__proof_lent(proof, unit);
     uint64_t content = 0, order = llmpar__proof_expected(proof, unit, 0, again, &content);
     if (uses == 2) order = llmpar__proof_sum(order, llmpar__proof_expected(proof, unit, 1, again, &content));
-    if (buffer->gradients != (int64_t)uses * proof->policy.micro_batches || buffer->content != content) return llmpar__proof_fail(proof, "the gradient does not hold every micro-batch and use exactly once");
-    if (buffer->order != order) return llmpar__proof_fail(proof, "micro-batches were added in another order than the policy's");
-    if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "the gradient is not reduced over all data ranks");
-    return LLMPAR_OK;
+    if (buffer->gradients != (int64_t)uses * proof->policy.micro_batches || buffer->content != content) return "the gradient does not hold every micro-batch and use exactly once";
+    if (buffer->order != order) return "micro-batches were added in another order than the policy's";
+    if (!llmpar__proof_reduced(proof, buffer)) return "the gradient is not reduced over all data ranks";
+    return NULL;
 }
 
 static llmpar__buffer *llmpar__proof_buffer(llmpar__proof *proof, int32_t unit, int32_t use, int32_t local, int32_t slot) { return &proof->state[unit].buffer[use][local][slot]; }
@@ -90,102 +93,102 @@ static void llmpar__proof_write(llmpar__proof *proof, llmpar__buffer *buffer)
     buffer->writer = proof->at;
 }
 
-static llmpar_status llmpar__proof_read(llmpar__proof *proof, const llmpar__buffer *buffer)
+static const char *llmpar__proof_read(const llmpar__buffer *buffer)
 {
-    if (!buffer->live) return llmpar__proof_fail(proof, "reads a gradient buffer that nothing has written");
-    if (buffer->stored) return llmpar__proof_fail(proof, "reads a gradient that is in its store");
-    return LLMPAR_OK;
+    if (!buffer->live) return "reads a gradient buffer that nothing has written";
+    if (buffer->stored) return "reads a gradient that is in its store";
+    return NULL;
 }
 
 /* ---- operands ---- */
 
-static llmpar_status llmpar__proof_slots(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_slots(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int grads = (in->op == LLMPAR_OP_FETCH || in->op == LLMPAR_OP_STORE) && in->what == LLMPAR_STATE_GRADS, backward = in->op == LLMPAR_OP_BACKWARD;
-    if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return llmpar__proof_fail(proof, "no such gradient buffer");
-    if (in->op == LLMPAR_OP_SCALAR_REDUCE) return LLMPAR_OK;
-    if (backward && proof->policy.forward_only) return llmpar__proof_fail(proof, "backward in a forward-only schedule");
-    if (backward && in->slot >= 0 && proof->units[in->unit].frozen) return llmpar__proof_fail(proof, "writes the gradient of a frozen unit");
-    if (backward && in->from >= 0 && !llmpar__proof_borrows(proof, in->unit)) return llmpar__proof_fail(proof, "writes the gradient of a unit that it does not borrow, or that is frozen");
+    if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return "no such gradient buffer";
+    if (in->op == LLMPAR_OP_SCALAR_REDUCE) return NULL;
+    if (backward && proof->policy.forward_only) return "backward in a forward-only schedule";
+    if (backward && in->slot >= 0 && proof->units[in->unit].frozen) return "writes the gradient of a frozen unit";
+    if (backward && in->from >= 0 && !llmpar__proof_borrows(proof, in->unit)) return "writes the gradient of a unit that it does not borrow, or that is frozen";
     int needs_slot = grads || in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_ACCUMULATE || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM || (backward && !proof->units[in->unit].frozen);
     int needs_from = in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_ACCUMULATE || (backward && llmpar__proof_borrows(proof, in->unit));
-    return (needs_slot && in->slot < 0) || (needs_from && in->from < 0) ? llmpar__proof_fail(proof, "a gradient buffer is missing") : LLMPAR_OK;
+    return (needs_slot && in->slot < 0) || (needs_from && in->from < 0) ? "a gradient buffer is missing" : NULL;
 }
 
-static llmpar_status llmpar__proof_operands(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_operands(llmpar__proof *proof, const llmpar_instruction *in)
 {
-    if ((int)in->op < LLMPAR_OP_GATHER || (int)in->op > LLMPAR_OP_STORE) return llmpar__proof_fail(proof, "no such op");
+    if ((int)in->op < LLMPAR_OP_GATHER || (int)in->op > LLMPAR_OP_STORE) return "no such op";
     int runs = in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_RECOMPUTE || in->op == LLMPAR_OP_BACKWARD, moves = in->op == LLMPAR_OP_FETCH || in->op == LLMPAR_OP_STORE;
-    if ((int)in->stream < 0 || (int)in->stream >= LLMPAR_STREAM_COUNT) return llmpar__proof_fail(proof, "no such stream");
-    if (in->op != LLMPAR_OP_SCALAR_REDUCE && (in->unit < 0 || in->unit >= proof->unit_count)) return llmpar__proof_fail(proof, "no such unit");
-    if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return llmpar__proof_fail(proof, "use or local is neither 0 nor 1");
-    if (moves && ((int)in->what < 0 || (int)in->what >= LLMPAR_STATE_COUNT)) return llmpar__proof_fail(proof, "no such state");
-    if ((runs || (moves && in->what == LLMPAR_STATE_ACTIVATIONS)) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return llmpar__proof_fail(proof, "no such micro-batch");
-    if (runs && (in->again < 0 || in->again >= proof->passes)) return llmpar__proof_fail(proof, "no such pass over the step");
-    if (runs && in->stream != LLMPAR_STREAM_COMPUTE) return llmpar__proof_fail(proof, "is not on the compute stream, where units run");
+    if ((int)in->stream < 0 || (int)in->stream >= LLMPAR_STREAM_COUNT) return "no such stream";
+    if (in->op != LLMPAR_OP_SCALAR_REDUCE && (in->unit < 0 || in->unit >= proof->unit_count)) return "no such unit";
+    if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return "use or local is neither 0 nor 1";
+    if (moves && ((int)in->what < 0 || (int)in->what >= LLMPAR_STATE_COUNT)) return "no such state";
+    if ((runs || (moves && in->what == LLMPAR_STATE_ACTIVATIONS)) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return "no such micro-batch";
+    if (runs && (in->again < 0 || in->again >= proof->passes)) return "no such pass over the step";
+    if (runs && in->stream != LLMPAR_STREAM_COMPUTE) return "is not on the compute stream, where units run";
     int asks = in->op == LLMPAR_OP_OPTIM || in->op == LLMPAR_OP_CAST || (in->op == LLMPAR_OP_GATHER && llmpar_policy_whole_params(&proof->policy) && !llmpar_policy_whole_state(&proof->policy));
-    if (in->predicate != LLMPAR_ALWAYS && !(asks && in->predicate == LLMPAR_IF_FINITE)) return llmpar__proof_fail(proof, "has a predicate, which only OPTIM and what follows from it ask");
-    if (asks && in->predicate == LLMPAR_ALWAYS && proof->policy.update != LLMPAR_UPDATE_INSIDE) return llmpar__proof_fail(proof, "updates without asking whether the gradient is finite");
-    if (asks && in->predicate == LLMPAR_IF_FINITE && proof->policy.update == LLMPAR_UPDATE_INSIDE) return llmpar__proof_fail(proof, "asks whether gradients are finite before that is known");
-    if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return llmpar__proof_fail(proof, "more waits than an instruction holds");
+    if (in->predicate != LLMPAR_ALWAYS && !(asks && in->predicate == LLMPAR_IF_FINITE)) return "has a predicate, which only OPTIM and what follows from it ask";
+    if (asks && in->predicate == LLMPAR_ALWAYS && proof->policy.update != LLMPAR_UPDATE_INSIDE) return "updates without asking whether the gradient is finite";
+    if (asks && in->predicate == LLMPAR_IF_FINITE && proof->policy.update == LLMPAR_UPDATE_INSIDE) return "asks whether gradients are finite before that is known";
+    if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return "more waits than an instruction holds";
     for (int32_t w = 0; w < in->wait_count; w++)
-        if (in->waits[w] < 0 || in->waits[w] >= proof->at) return llmpar__proof_fail(proof, "waits for an instruction that does not come before it (streams would deadlock)");
+        if (in->waits[w] < 0 || in->waits[w] >= proof->at) return "waits for an instruction that does not come before it (streams would deadlock)";
     return llmpar__proof_slots(proof, in);
 }
 
 /* ---- units ---- */
 
-static llmpar_status llmpar__proof_params(llmpar__proof *proof, int32_t unit)
+static const char *llmpar__proof_params(llmpar__proof *proof, int32_t unit)
 {
     const llmpar__unit_state *state = &proof->state[unit];
-    if (!llmpar_policy_whole_params(&proof->policy) && state->gathered < 0) return llmpar__proof_fail(proof, "uses parameters that are not gathered");
-    return state->updated ? llmpar__proof_fail(proof, "uses parameters after their update") : LLMPAR_OK;
+    if (!llmpar_policy_whole_params(&proof->policy) && state->gathered < 0) return "uses parameters that are not gathered";
+    return state->updated ? "uses parameters after their update" : NULL;
 }
 
-static llmpar_status llmpar__proof_forward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+static const char *llmpar__proof_forward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int eval = proof->policy.forward_only || in->unit < proof->first;
-    if (in->pass != (eval ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD)) return llmpar__proof_fail(proof, "its pass does not fit the policy");
-    if (state->forwards != run) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-    if (in->unit > 0 && proof->state[in->unit - 1].forwards <= run) return llmpar__proof_fail(proof, "runs before the unit in front of it");
-    if (in->again && proof->scalar[1] < 0) return llmpar__proof_fail(proof, "begins the second pass before the norm of the first is known");
+    if (in->pass != (eval ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD)) return "its pass does not fit the policy";
+    if (state->forwards != run) return "micro-batches are not run once each, in order";
+    if (in->unit > 0 && proof->state[in->unit - 1].forwards <= run) return "runs before the unit in front of it";
+    if (in->again && proof->scalar[1] < 0) return "begins the second pass before the norm of the first is known";
     state->forwards++;
     if (eval) *saved = 0;
     else *saved |= proof->units[in->unit].recompute == LLMPAR_RECOMPUTE_FULL ? LLMPAR__HAS_RUN : LLMPAR__HAS_RUN | LLMPAR__HAS_SAVED;
     if (in->unit + 1 < proof->unit_count) saved[proof->policy.micro_batches] = LLMPAR__HAS_INPUT; /* of the next unit */
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_recompute(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+static const char *llmpar__proof_recompute(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
 {
     const llmpar__unit_state *state = &proof->state[in->unit];
-    if (in->pass != LLMPAR_PASS_RECOMPUTE) return llmpar__proof_fail(proof, "its pass does not fit the policy");
-    if (proof->units[in->unit].recompute != LLMPAR_RECOMPUTE_FULL || in->unit < proof->first) return llmpar__proof_fail(proof, "recomputes a unit that keeps what its backward needs");
-    if (state->forwards <= run || state->backwards > run) return llmpar__proof_fail(proof, "recomputes before the forward or after the backward");
-    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return llmpar__proof_fail(proof, "recomputes from an input that is in its store");
-    if (*saved & LLMPAR__HAS_SAVED) return llmpar__proof_fail(proof, "recomputes activations that are there already");
+    if (in->pass != LLMPAR_PASS_RECOMPUTE) return "its pass does not fit the policy";
+    if (proof->units[in->unit].recompute != LLMPAR_RECOMPUTE_FULL || in->unit < proof->first) return "recomputes a unit that keeps what its backward needs";
+    if (state->forwards <= run || state->backwards > run) return "recomputes before the forward or after the backward";
+    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return "recomputes from an input that is in its store";
+    if (*saved & LLMPAR__HAS_SAVED) return "recomputes activations that are there already";
     *saved |= LLMPAR__HAS_SAVED;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_backward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+static const char *llmpar__proof_backward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int32_t borrow = proof->units[in->unit].borrow - 1, last = in->unit + 1 == proof->unit_count;
     int whole = llmpar_policy_whole_grads(&proof->policy);
-    if (in->unit < proof->first) return llmpar__proof_fail(proof, "backward of a unit in front of everything that is trained");
-    if (state->backwards != run) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-    if ((last ? state->forwards : proof->state[in->unit + 1].backwards) <= run) return llmpar__proof_fail(proof, "runs before the unit behind it");
-    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return llmpar__proof_fail(proof, "uses activations that are in their store");
-    if (!(*saved & LLMPAR__HAS_SAVED)) return llmpar__proof_fail(proof, *saved & LLMPAR__IN_STORE ? "uses activations that are in their store" : "uses activations that were not recomputed");
+    if (in->unit < proof->first) return "backward of a unit in front of everything that is trained";
+    if (state->backwards != run) return "micro-batches are not run once each, in order";
+    if ((last ? state->forwards : proof->state[in->unit + 1].backwards) <= run) return "runs before the unit behind it";
+    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return "uses activations that are in their store";
+    if (!(*saved & LLMPAR__HAS_SAVED)) return *saved & LLMPAR__IN_STORE ? "uses activations that are in their store" : "uses activations that were not recomputed";
     for (int use = 0; use < 2; use++) {
         int32_t unit = use ? borrow : in->unit, slot = use ? in->from : in->slot;
         if (slot < 0) continue;
         llmpar__buffer *buffer = llmpar__proof_buffer(proof, unit, use, in->local, slot);
-        if (buffer->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
-        if (!in->local && !whole) return llmpar__proof_fail(proof, "writes whole gradients into a shard buffer");
-        if (in->local && whole) return llmpar__proof_fail(proof, "writes local gradients where they are reduced in place");
+        if (buffer->live) return "overwrites a gradient buffer that is still needed";
+        if (!in->local && !whole) return "writes whole gradients into a shard buffer";
+        if (in->local && whole) return "writes local gradients where they are reduced in place";
         llmpar__proof_write(proof, buffer);
         buffer->gradients = 1;
         buffer->content = buffer->order = llmpar__proof_token(unit, use, run);
@@ -193,17 +196,17 @@ static llmpar_status llmpar__proof_backward(llmpar__proof *proof, const llmpar_i
     }
     *saved = 0;
     state->backwards++;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_compute(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int32_t borrow = proof->units[in->unit].borrow - 1, run = in->again * proof->policy.micro_batches + in->micro_batch;
     unsigned char *saved = &proof->saved[(size_t)in->unit * (size_t)proof->policy.micro_batches + (size_t)in->micro_batch];
-    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
-    llmpar_status status = llmpar__proof_params(proof, in->unit);
-    if (!status && borrow >= 0) status = llmpar__proof_params(proof, borrow);
-    if (status) return status;
+    if (proof->scalar[0] < 0) return "runs before the token count is known";
+    const char *wrong = llmpar__proof_params(proof, in->unit);
+    if (!wrong && borrow >= 0) wrong = llmpar__proof_params(proof, borrow);
+    if (wrong) return wrong;
     if (in->op == LLMPAR_OP_FORWARD) return llmpar__proof_forward(proof, in, run, saved);
     return in->op == LLMPAR_OP_RECOMPUTE ? llmpar__proof_recompute(proof, in, run, saved) : llmpar__proof_backward(proof, in, run, saved);
 }
@@ -213,210 +216,210 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
 /* The sum over ranks is taken of single micro-batches, or (no_sync) of their whole local sum: anything else is another sum. */
 static int llmpar__proof_reducible(const llmpar__proof *proof, const llmpar__buffer *buffer) { return buffer->gradients == (proof->policy.no_sync ? proof->policy.micro_batches : 1); }
 
-static llmpar_status llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int in_place = llmpar_policy_whole_grads(&proof->policy);
     llmpar__buffer *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot), *from = in_place ? to : llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from);
-    if (llmpar_policy_whole_state(&proof->policy)) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
-    if (in_place && in->from != in->slot) return llmpar__proof_fail(proof, "reduces from another buffer where gradients are reduced in place");
-    llmpar_status status = llmpar__proof_read(proof, from);
-    if (status) return status;
-    if (from->consumed || from->reduced) return llmpar__proof_fail(proof, "reduces a gradient twice");
-    if (!in_place && to->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
-    if (!llmpar__proof_reducible(proof, from)) return llmpar__proof_fail(proof, "reduces another number of micro-batches at once than the policy says");
+    if (llmpar_policy_whole_state(&proof->policy)) return "reduces into shards where gradients are whole";
+    if (in_place && in->from != in->slot) return "reduces from another buffer where gradients are reduced in place";
+    const char *wrong = llmpar__proof_read(from);
+    if (wrong) return wrong;
+    if (from->consumed || from->reduced) return "reduces a gradient twice";
+    if (!in_place && to->live) return "overwrites a gradient buffer that is still needed";
+    if (!llmpar__proof_reducible(proof, from)) return "reduces another number of micro-batches at once than the policy says";
     from->consumed = !in_place;
     if (!in_place) llmpar__proof_write(proof, to);
     to->gradients = from->gradients;
     to->content = from->content;
     to->order = from->order;
     to->reduced = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_replica(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_replica(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    if (proof->policy.replicas < 2) return llmpar__proof_fail(proof, "sums over replicas where there are none");
-    llmpar_status status = llmpar__proof_read(proof, buffer);
-    if (status) return status;
-    if (buffer->replica) return llmpar__proof_fail(proof, "sums a gradient over replicas twice");
-    if (!buffer->reduced) return llmpar__proof_fail(proof, "sums over replicas before the gradient is reduced");
-    if (!llmpar__proof_reducible(proof, buffer)) return llmpar__proof_fail(proof, "reduces another number of micro-batches at once than the policy says");
+    if (proof->policy.replicas < 2) return "sums over replicas where there are none";
+    const char *wrong = llmpar__proof_read(buffer);
+    if (wrong) return wrong;
+    if (buffer->replica) return "sums a gradient over replicas twice";
+    if (!buffer->reduced) return "sums over replicas before the gradient is reduced";
+    if (!llmpar__proof_reducible(proof, buffer)) return "reduces another number of micro-batches at once than the policy says";
     buffer->replica = 1;
     buffer->writer = proof->at;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_accumulate(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_accumulate(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *to = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot), *from = llmpar__proof_buffer(proof, in->unit, in->from_use, in->local, in->from);
     uint64_t content = 0;
-    if (to == from) return llmpar__proof_fail(proof, "adds a gradient buffer to itself");
-    llmpar_status status = llmpar__proof_read(proof, to);
-    if (!status) status = llmpar__proof_read(proof, from);
-    if (status) return status;
-    if (to->consumed || from->consumed || to->normed || from->normed) return llmpar__proof_fail(proof, "adds to a gradient that was already reduced or measured");
-    if (to->reduced != from->reduced || to->replica != from->replica) return llmpar__proof_fail(proof, "adds gradients that are not at the same stage of reduction");
+    if (to == from) return "adds a gradient buffer to itself";
+    const char *wrong = llmpar__proof_read(to);
+    if (!wrong) wrong = llmpar__proof_read(from);
+    if (wrong) return wrong;
+    if (to->consumed || from->consumed || to->normed || from->normed) return "adds to a gradient that was already reduced or measured";
+    if (to->reduced != from->reduced || to->replica != from->replica) return "adds gradients that are not at the same stage of reduction";
     if (in->use != in->from_use) { /* g = own + borrowed, once, of what is complete */
         int32_t again = proof->state[in->unit].backwards > proof->policy.micro_batches;
         int complete = to->order == llmpar__proof_expected(proof, in->unit, 0, again, &content) && from->order == llmpar__proof_expected(proof, in->unit, 1, again, &content);
-        if (in->use || !complete || !to->reduced || (proof->policy.replicas > 1 && !to->replica)) return llmpar__proof_fail(proof, "adds the uses of a tied unit otherwise than own + borrowed, once, complete and reduced");
+        if (in->use || !complete || !llmpar__proof_reduced(proof, to)) return "adds the uses of a tied unit otherwise than own + borrowed, once, complete and reduced";
     }
     to->gradients += from->gradients;
     to->content += from->content;
     to->order = llmpar__proof_sum(to->order, from->order);
     to->writer = proof->at;
     from->live = 0;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_free(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_free(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     if (in->slot < 0 && in->what == LLMPAR_STATE_PARAMS) {
-        if (!llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) || proof->policy.master || !state->has_params) return llmpar__proof_fail(proof, "frees a shard that was not fetched");
-        if (state->dirty) return llmpar__proof_fail(proof, "frees a changed shard that is not stored");
+        if (!llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) || proof->policy.master || !state->has_params) return "frees a shard that was not fetched";
+        if (state->dirty) return "frees a changed shard that is not stored";
         state->has_params = 0;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (in->what != LLMPAR_STATE_OPTIMIZER) return llmpar__proof_fail(proof, "frees what is neither parameters nor a gradient");
+    if (in->what != LLMPAR_STATE_OPTIMIZER) return "frees what is neither parameters nor a gradient";
     if (in->slot < 0) {
-        if (state->gathered < 0) return llmpar__proof_fail(proof, "frees parameters that are not gathered");
+        if (state->gathered < 0) return "frees parameters that are not gathered";
         state->gathered = -1;
-        return LLMPAR_OK;
+        return NULL;
     }
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot);
-    if (!buffer->live) return llmpar__proof_fail(proof, "frees a gradient buffer that nothing has written");
-    if (buffer->stored) return llmpar__proof_fail(proof, "frees a gradient that is in its store");
-    if (in->local && !buffer->consumed) return llmpar__proof_fail(proof, "frees a gradient that was not reduced");
-    if (!in->local && (proof->policy.update != LLMPAR_UPDATE_TWO_PASSES || !buffer->normed)) return llmpar__proof_fail(proof, "frees a gradient that nothing was updated from (only a first pass may, after the norm)");
+    if (!buffer->live) return "frees a gradient buffer that nothing has written";
+    if (buffer->stored) return "frees a gradient that is in its store";
+    if (in->local && !buffer->consumed) return "frees a gradient that was not reduced";
+    if (!in->local && (proof->policy.update != LLMPAR_UPDATE_TWO_PASSES || !buffer->normed)) return "frees a gradient that nothing was updated from (only a first pass may, after the norm)";
     buffer->live = 0;
-    return LLMPAR_OK;
+    return NULL;
 }
 
 /* ---- updates ---- */
 
-static llmpar_status llmpar__proof_scalar(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_scalar(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int pass = in->pass != 0;
-    if (in->pass < 0 || in->pass > 1) return llmpar__proof_fail(proof, "its pass does not fit the policy");
-    if (proof->scalar[pass] >= 0) return llmpar__proof_fail(proof, "runs twice");
-    if (pass && proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
+    if (in->pass < 0 || in->pass > 1) return "its pass does not fit the policy";
+    if (proof->scalar[pass] >= 0) return "runs twice";
+    if (pass && proof->scalar[0] < 0) return "runs before the token count is known";
     proof->scalar[pass] = proof->at;
     for (int32_t unit = 0; unit < proof->unit_count && pass; unit++) {
-        if (proof->state[unit].forwards < proof->policy.micro_batches) return llmpar__proof_fail(proof, "runs before the loss is complete");
-        if (!proof->policy.forward_only && !proof->units[unit].frozen && !proof->state[unit].normed) return llmpar__proof_fail(proof, "runs before every norm is known");
+        if (proof->state[unit].forwards < proof->policy.micro_batches) return "runs before the loss is complete";
+        if (!proof->policy.forward_only && !proof->units[unit].frozen && !proof->state[unit].normed) return "runs before every norm is known";
     }
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_norm(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_norm(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    llmpar_status status = llmpar__proof_read(proof, buffer);
-    if (!status && (buffer->normed || proof->state[in->unit].normed)) status = llmpar__proof_fail(proof, "measures a gradient twice");
-    if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, 0);
-    if (status) return status;
-    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
+    const char *wrong = llmpar__proof_read(buffer);
+    if (!wrong && (buffer->normed || proof->state[in->unit].normed)) wrong = "measures a gradient twice";
+    if (!wrong) wrong = llmpar__proof_complete(proof, in->unit, buffer, 0);
+    if (wrong) return wrong;
+    if (proof->scalar[0] < 0) return "runs before the token count is known";
     buffer->normed = proof->state[in->unit].normed = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_optim(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_optim(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
     int two = proof->policy.update == LLMPAR_UPDATE_TWO_PASSES, host = proof->policy.host_update;
-    llmpar_status status = LLMPAR_OK;
-    if (!host || !buffer->live) status = llmpar__proof_read(proof, buffer);
-    else if (!buffer->stored) status = llmpar__proof_fail(proof, "updates on the host from a gradient that is not in its store");
-    if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, two);
-    if (status) return status;
-    if ((!two && !buffer->normed) || (proof->policy.update != LLMPAR_UPDATE_INSIDE && proof->scalar[1] < 0)) return llmpar__proof_fail(proof, "updates before the norm is known");
-    if (state->gathered >= 0) return llmpar__proof_fail(proof, "updates parameters that are still gathered");
-    if (host && (state->has_state || state->has_params)) return llmpar__proof_fail(proof, "updates on the host what is on the device");
+    const char *wrong = NULL;
+    if (!host || !buffer->live) wrong = llmpar__proof_read(buffer);
+    else if (!buffer->stored) wrong = "updates on the host from a gradient that is not in its store";
+    if (!wrong) wrong = llmpar__proof_complete(proof, in->unit, buffer, two);
+    if (wrong) return wrong;
+    if ((!two && !buffer->normed) || (proof->policy.update != LLMPAR_UPDATE_INSIDE && proof->scalar[1] < 0)) return "updates before the norm is known";
+    if (state->gathered >= 0) return "updates parameters that are still gathered";
+    if (host && (state->has_state || state->has_params)) return "updates on the host what is on the device";
     if (host) {
         buffer->live = buffer->stored = 0;
         state->updated = 1;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_OPTIMIZER) && !state->has_state) return llmpar__proof_fail(proof, "updates with optimizer state that is in its store");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "updates parameters that are in their store");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_OPTIMIZER) && !state->has_state) return "updates with optimizer state that is in its store";
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return "updates parameters that are in their store";
     buffer->live = 0;
     state->updated = state->dirty = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_cast(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_cast(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
-    if (!proof->policy.master) return llmpar__proof_fail(proof, "casts parameters that have no master copy");
-    if (!state->updated) return llmpar__proof_fail(proof, "casts parameters before their update");
-    if (state->cast) return llmpar__proof_fail(proof, "casts parameters twice");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.host_update && !state->has_params) return llmpar__proof_fail(proof, "casts parameters that are in their store");
-    if (proof->policy.host_update && state->has_params) return llmpar__proof_fail(proof, "casts on the host what is on the device");
+    if (!proof->policy.master) return "casts parameters that have no master copy";
+    if (!state->updated) return "casts parameters before their update";
+    if (state->cast) return "casts parameters twice";
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.host_update && !state->has_params) return "casts parameters that are in their store";
+    if (proof->policy.host_update && state->has_params) return "casts on the host what is on the device";
     state->cast = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_gather(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_gather(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
-    if (llmpar_policy_whole_state(&proof->policy)) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
+    if (llmpar_policy_whole_state(&proof->policy)) return "gathers parameters that are not sharded";
     if (llmpar_policy_whole_params(&proof->policy)) {
-        if (!state->updated || (proof->policy.master && !state->cast)) return llmpar__proof_fail(proof, "gathers whole parameters before their update is complete");
-        if (state->regathered) return llmpar__proof_fail(proof, "gathers updated parameters twice");
+        if (!state->updated || (proof->policy.master && !state->cast)) return "gathers whole parameters before their update is complete";
+        if (state->regathered) return "gathers updated parameters twice";
         state->regathered = 1;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (state->gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
-    if (state->updated) return llmpar__proof_fail(proof, "gathers parameters after their update");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.master && !state->has_params) return llmpar__proof_fail(proof, "gathers a shard that is in its store");
+    if (state->gathered >= 0) return "gathers parameters that are gathered already";
+    if (state->updated) return "gathers parameters after their update";
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.master && !state->has_params) return "gathers a shard that is in its store";
     state->gathered = proof->at;
-    return LLMPAR_OK;
+    return NULL;
 }
 
 /* ---- stores ---- */
 
-static llmpar_status llmpar__proof_move_activations(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_move_activations(llmpar__proof *proof, const llmpar_instruction *in)
 {
     unsigned char *saved = &proof->saved[(size_t)in->unit * (size_t)proof->policy.micro_batches + (size_t)in->micro_batch];
     int kept = (proof->units[in->unit].recompute == LLMPAR_RECOMPUTE_FULL ? 0 : LLMPAR__HAS_SAVED) | (in->unit > 0 ? LLMPAR__HAS_INPUT : 0);
     if (in->op == LLMPAR_OP_FETCH) {
-        if (!(*saved & LLMPAR__IN_STORE)) return llmpar__proof_fail(proof, "fetches what is not in its store");
+        if (!(*saved & LLMPAR__IN_STORE)) return "fetches what is not in its store";
         *saved = (unsigned char)(kept | LLMPAR__HAS_RUN);
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (in->unit + 1 == proof->unit_count) return llmpar__proof_fail(proof, "stores activations of the last unit, whose backward follows");
-    if (!kept || *saved != (kept | LLMPAR__HAS_RUN)) return llmpar__proof_fail(proof, "stores what is not on the device");
+    if (in->unit + 1 == proof->unit_count) return "stores activations of the last unit, whose backward follows";
+    if (!kept || *saved != (kept | LLMPAR__HAS_RUN)) return "stores what is not on the device";
     *saved = LLMPAR__IN_STORE;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_move(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_move(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int fetch = in->op == LLMPAR_OP_FETCH, frozen = proof->units[in->unit].frozen;
-    if (!llmpar__proof_offloads(proof, in->what)) return llmpar__proof_fail(proof, "moves what the policy keeps on the device");
+    if (!llmpar__proof_offloads(proof, in->what)) return "moves what the policy keeps on the device";
     if (in->what == LLMPAR_STATE_ACTIVATIONS) return llmpar__proof_move_activations(proof, in);
     if (in->what == LLMPAR_STATE_GRADS) {
         llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-        if (!buffer->live || buffer->stored != fetch) return llmpar__proof_fail(proof, fetch ? "fetches what is not in its store" : "stores what is not on the device");
-        if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "stores a gradient that is not reduced");
+        if (!buffer->live || buffer->stored != fetch) return fetch ? "fetches what is not in its store" : "stores what is not on the device";
+        if (!llmpar__proof_reduced(proof, buffer)) return "stores a gradient that is not reduced";
         buffer->stored = !fetch;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (frozen && (in->what == LLMPAR_STATE_OPTIMIZER || proof->policy.master)) return llmpar__proof_fail(proof, "moves what a frozen unit does not have");
+    if (frozen && (in->what == LLMPAR_STATE_OPTIMIZER || proof->policy.master)) return "moves what a frozen unit does not have";
     int32_t *has = in->what == LLMPAR_STATE_OPTIMIZER ? &state->has_state : &state->has_params;
-    if (*has == fetch) return llmpar__proof_fail(proof, fetch ? "fetches what is on the device already" : "stores what is not on the device");
+    if (*has == fetch) return fetch ? "fetches what is on the device already" : "stores what is not on the device";
     *has = fetch;
     if (in->what == LLMPAR_STATE_PARAMS) state->dirty = 0;
-    return LLMPAR_OK;
+    return NULL;
 }
 
 /* ---- the walk ---- */
 
-static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_instruction(llmpar__proof *proof, const llmpar_instruction *in)
 {
     switch (in->op) {
     case LLMPAR_OP_GATHER: return llmpar__proof_gather(proof, in);
@@ -434,7 +437,7 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
     case LLMPAR_OP_FETCH:
     case LLMPAR_OP_STORE: return llmpar__proof_move(proof, in);
     }
-    return llmpar__proof_fail(proof, "no such op");
+    return "no such op";
 }
 
 /* Why an instruction that another stream's instruction is not ordered before is wrong. */
@@ -495,25 +498,23 @@ static llmpar_status llmpar__proof_end(llmpar__proof *proof)
 
 static llmpar_status llmpar__proof_walk(llmpar__proof *proof, llmpar__order *order)
 {
-    llmpar_status status = LLMPAR_OK;
     llmpar__hazard hazard;
-    for (proof->at = 0; proof->at < proof->count && !status; proof->at++) {
+    for (proof->at = 0; proof->at < proof->count; proof->at++) {
         const llmpar_instruction *in = &proof->list[proof->at];
-        status = llmpar__proof_operands(proof, in);
-        if (status) break;
-        llmpar__order_begin(order, proof->at);
-        status = llmpar__proof_instruction(proof, in);
-        if (!status && llmpar__order_hazard(order, proof->at, &hazard)) status = llmpar__proof_fail(proof, llmpar__proof_hazard(in->op, &hazard));
+        const char *wrong = llmpar__proof_operands(proof, in);
+        if (!wrong) llmpar__order_begin(order, proof->at);
+        if (!wrong) wrong = llmpar__proof_instruction(proof, in);
+        if (!wrong && llmpar__order_hazard(order, proof->at, &hazard)) wrong = llmpar__proof_hazard(in->op, &hazard);
+        if (wrong) return llmpar__proof_fail(proof, wrong);
         llmpar__order_end(order, proof->at);
     }
-    return status ? status : llmpar__proof_end(proof);
+    return llmpar__proof_end(proof);
 }
 
 LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
 {
-    llmpar__proof proof;
     llmpar__order order;
-    memset(&proof, 0, sizeof proof);
+    LLMPAR__ZEROED(llmpar__proof, proof);
     proof.list = list;
     proof.count = count;
     proof.units = units;
@@ -527,7 +528,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     if (status) return status;
     proof.first = proof.policy.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
     proof.passes = proof.policy.update == LLMPAR_UPDATE_TWO_PASSES && !proof.policy.forward_only ? 2 : 1;
-    proof.state = (llmpar__unit_state *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof *proof.state);
+    proof.state = LLMPAR__ZALLOC(llmpar__unit_state, heap, (size_t)unit_count);
     proof.saved = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)unit_count, (size_t)proof.policy.micro_batches);
     status = proof.state && proof.saved ? llmpar__order_create(&order, heap, list, count, units, unit_count, &proof.policy) : LLMPAR_ERR_MEMORY;
     if (status) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);

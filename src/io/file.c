@@ -3,12 +3,10 @@
 #include "io/system.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -120,7 +118,7 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
     llmpar_status status = llmpar_file_open(io, path, &file, error);
     if (status) return status;
     if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
-    if (!status) *text = (char *)llmpar_heap_alloc(heap, (size_t)file.bytes + 1, 1);
+    if (!status) *text = LLMPAR__ALLOC(char, heap, (size_t)file.bytes + 1);
     if (!status && !*text) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %llu bytes", path, (unsigned long long)file.bytes);
     if (!status) status = llmpar_file_read(&file, 0, *text, (size_t)file.bytes, error);
     llmpar_file_close(&file);
@@ -139,33 +137,18 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
 LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, llmpar_error *error)
 {
     struct stat s;
-    int fd, number;
+    llmpar_file file;
     memset(out, 0, sizeof *out);
-    LLMPAR__NEED(path, error);
-    /* O_NONBLOCK: a fifo without a writer is refused below instead of waited for; a regular file ignores it. */
-    fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return llmpar__file_error(error, path, "cannot open", errno);
-    if (fstat(fd, &s) != 0) {
-        number = errno;
-        close(fd);
-        return llmpar__file_error(error, path, "cannot stat", number);
-    }
-    if (!S_ISREG(s.st_mode)) {
-        close(fd);
-        return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got %s", path,
-                               S_ISDIR(s.st_mode) ? "a directory" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device or socket");
-    }
-    if (s.st_size == 0) {
-        close(fd);
-        out->data = llmpar__file_nothing;
-        return LLMPAR_OK;
-    }
-    void *base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    number = errno;
-    close(fd);
-    if (base == MAP_FAILED) return llmpar__file_error(error, path, "cannot map", number);
+    llmpar_status status = llmpar_file_open(NULL, path, &file, error);
+    if (status) return status;
+    int number = fstat(file.handle, &s) ? errno : 0; /* of what is open, whatever has its name by now */
+    void *base = NULL;
+    if (!number && s.st_size) base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, file.handle, 0);
+    if (base == MAP_FAILED) number = errno;
+    llmpar_file_close(&file);
+    if (number) return llmpar__file_error(error, path, "cannot map", number);
     out->base = base;
-    out->data = (const unsigned char *)base;
+    out->data = base ? (const unsigned char *)base : llmpar__file_nothing;
     out->bytes = (size_t)s.st_size;
     return LLMPAR_OK;
 }
@@ -212,15 +195,15 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     size_t length = strlen(path);
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
-    writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
+    writer = LLMPAR__ZALLOC(llmpar_writer, heap, 1);
     if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
     writer->heap = heap;
     writer->io = llmpar__file_io(io);
     writer->handle = -1;
     llmpar_xxh64_begin(&writer->sum);
     writer->path = llmpar_heap_strdup(heap, path);
-    writer->temporary = (char *)llmpar_heap_alloc(heap, length + sizeof ".tmp", 1);
-    writer->buffer = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__FILE_BUFFER, 1);
+    writer->temporary = LLMPAR__ALLOC(char, heap, length + sizeof ".tmp");
+    writer->buffer = LLMPAR__ALLOC(unsigned char, heap, LLMPAR__FILE_BUFFER);
     if (!writer->path || !writer->temporary || !writer->buffer) {
         llmpar__writer_destroy(writer);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer of %zu bytes", path, LLMPAR__FILE_BUFFER);

@@ -213,8 +213,8 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
         name_bytes += entry->key_length + 1; /* each byte stands in a header of at most 10^8 */
     }
     if (status) return status;
-    s->tensors = (llmpar_safetensor *)llmpar_heap_zalloc(s->heap, count, sizeof *s->tensors);
-    s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
+    s->tensors = LLMPAR__ZALLOC(llmpar_safetensor, s->heap, count);
+    s->names = LLMPAR__ALLOC(char, s->heap, name_bytes);
     if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
     for (const llmpar_json *entry = root->child; entry; entry = entry->next) {
         llmpar_safetensor *tensor = &s->tensors[s->file.count];
@@ -296,7 +296,7 @@ static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, si
 /* An empty file object with its path, or NULL. */
 static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, llmpar_error *error)
 {
-    llmpar__st_file *s = (llmpar__st_file *)llmpar_heap_zalloc(heap, 1, sizeof *s);
+    llmpar__st_file *s = LLMPAR__ZALLOC(llmpar__st_file, heap, 1);
     if (s) {
         s->heap = heap;
         s->file.state = s;
@@ -311,10 +311,9 @@ static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, l
 
 LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
 {
-    llmpar_heap *heap;
     if (!file) return;
     llmpar__st_file *s = (llmpar__st_file *)file->state;
-    heap = s->heap;
+    llmpar_heap *heap = s->heap;
     llmpar_file_close(&s->source);
     llmpar_heap_free(heap, s->tensors);
     llmpar_heap_free(heap, s->names);
@@ -342,7 +341,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
     llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
     if (!status && s->source.bytes >= 8) status = llmpar_file_read(&s->source, 0, first, 8, error);
     if (!status) status = llmpar__st_header_length(s, first, s->source.bytes, &length, error);
-    if (!status) header = (char *)llmpar_heap_alloc(heap, length, 1);
+    if (!status) header = LLMPAR__ALLOC(char, heap, length);
     if (!status && !header) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, length);
     if (!status) status = llmpar_file_read(&s->source, 8, header, length, error);
     if (!status) status = llmpar__st_parse(s, header, length, (size_t)s->source.bytes - 8 - length, error);
@@ -427,8 +426,8 @@ static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tens
     while (t->used % 8) llmpar__text_put(t, " ");
 }
 
-/* Everything the reader would refuse, before a file is created. *total: bytes of data. */
-static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
+/* Everything the reader would refuse, duplicate names too, before a file is created. *total: bytes of data. */
+static llmpar_status llmpar__st_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
     *total = 0;
     LLMPAR__NEED(path && (tensors || count < 1), error);
@@ -449,14 +448,8 @@ static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_saf
         if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || !llmpar_size_mul(bytes, (size_t)elements, &bytes) || !llmpar_size_add(*total, bytes, total))
             return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": its size, or that of the whole file, overflows", path, tensor->name);
     }
-    return LLMPAR_OK;
-}
-
-/* The reader refuses a duplicate name, so the writer must not make one. */
-static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
-{
     LLMPAR__NEED(heap, error);
-    llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
+    llmpar_safetensor *sorted = LLMPAR__ALLOC(llmpar_safetensor, heap, (size_t)count);
     llmpar_status status = LLMPAR_OK;
     if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
     if (count) memcpy(sorted, tensors, (size_t)count * sizeof *sorted);
@@ -471,8 +464,7 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
 {
     size_t total;
-    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
-    return status ? status : llmpar__st_check_names(heap, path, tensors, count, error);
+    return llmpar__st_check(heap, path, tensors, count, &total, error);
 }
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
@@ -480,16 +472,15 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
     unsigned char length[8];
     size_t total;
     *out = NULL;
-    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
-    if (!status) status = llmpar__st_check_names(heap, path, tensors, count, error);
+    llmpar_status status = llmpar__st_check(heap, path, tensors, count, &total, error);
     if (status) return status;
     llmpar__text header = llmpar__text_begin(NULL, 0);
     llmpar__st_put_header(&header, tensors, count);
     if (header.used > LLMPAR__ST_MAX_HEADER)
         return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
     size_t capacity = header.used + 1;
-    char *text = (char *)llmpar_heap_alloc(heap, capacity, 1);
-    llmpar_safetensors_writer *w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    char *text = LLMPAR__ALLOC(char, heap, capacity);
+    llmpar_safetensors_writer *w = LLMPAR__ZALLOC(llmpar_safetensors_writer, heap, 1);
     if (w) {
         w->heap = heap;
         w->expected = total;
@@ -549,9 +540,8 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_wri
 
 LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer)
 {
-    llmpar_heap *heap;
     if (!writer) return;
-    heap = writer->heap;
+    llmpar_heap *heap = writer->heap;
     llmpar_writer_abandon(writer->writer);
     llmpar_heap_free(heap, writer->path);
     llmpar_heap_free(heap, writer);

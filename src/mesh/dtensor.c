@@ -176,9 +176,8 @@ static void llmpar__dtensor_range(const llmpar_local *part, int32_t dims, int32_
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dims, llmpar__box box[LLMPAR__BOXES])
 {
-    llmpar__box none;
+    LLMPAR__ZEROED(llmpar__box, none);
     int32_t count = 0;
-    memset(&none, 0, sizeof none);
     llmpar__dtensor_range(part, dims, 0, part->flat_begin, part->flat_begin + part->flat_count, &none, box, &count);
     return count;
 }

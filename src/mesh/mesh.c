@@ -71,14 +71,13 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     *out = NULL;
     if (!given) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "mesh: no desc, expected degrees (0: 1)");
     llmpar_mesh_desc desc = *given;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status st = llmpar_mesh_desc_resolve(&desc, ctx->world, &error);
     if (st) return llmpar_fail(ctx, st, "%s", error.text);
     const llmpar_device *device = ctx->device; /* whoever brings an own one is told here, before anything is called */
     if (device->abi != LLMPAR_DEVICE_ABI || device->size < sizeof *device)
         return llmpar_fail(ctx, LLMPAR_ERR_ABI, "mesh: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", (unsigned)device->abi, (unsigned)device->size, LLMPAR_DEVICE_ABI, (unsigned long)sizeof *device);
-    llmpar_mesh *mesh = (llmpar_mesh *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *mesh);
+    llmpar_mesh *mesh = LLMPAR__ZALLOC(llmpar_mesh, &ctx->heap, 1);
     if (!mesh) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "mesh: out of memory");
     mesh->ctx = ctx;
     mesh->world = ctx->comm;

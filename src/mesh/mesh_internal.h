@@ -26,4 +26,7 @@ LLMPAR__PRIVATE int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dim
 /* The common boxes of two parts; returns how many, *volume = their elements together. Two parts that meet in the same boxes on two ranks list them in the same order. */
 LLMPAR__PRIVATE int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_local *b, int32_t dims, llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES], int64_t *volume);
 
+/* What this rank holds. */
+static inline void llmpar__mesh_local(const llmpar_mesh *mesh, const llmpar_dtensor *tensor, llmpar_local *out) { llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, out); }
+
 #endif

@@ -211,10 +211,10 @@ LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpa
 /* A light color for a rank: hues by the golden angle, so that neighbours differ. */
 static unsigned llmpar__picture_color(int32_t rank)
 {
-    int32_t hue = (int32_t)(((int64_t)rank * 1375 + 2100) / 10 % 360), part = hue % 60, color[3];
+    int32_t hue = (int32_t)(((int64_t)rank * 1375 + 2100) / 10 % 360), part = hue % 60;
     const int32_t low = 178, high = 246, up = low + (high - low) * part / 60, down = high - (high - low) * part / 60;
     const int32_t table[6][3] = { { high, up, low }, { down, high, low }, { low, high, up }, { low, down, high }, { up, low, high }, { high, low, down } };
-    memcpy(color, table[hue / 60], sizeof color);
+    const int32_t *color = table[hue / 60];
     return (unsigned)color[0] << 16 | (unsigned)color[1] << 8 | (unsigned)color[2];
 }
 

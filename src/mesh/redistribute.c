@@ -62,9 +62,8 @@ static llmpar_status llmpar__redistribute_boxes(const llmpar_mesh *mesh, llmpar_
     int32_t boxes = llmpar__mesh_common(from, to, tensor->dims, box, &volume);
     llmpar_status st = LLMPAR_OK;
     for (int32_t i = 0; i < boxes && !st; i++) {
-        llmpar_local piece; /* the box as a part of its own */
+        LLMPAR__ZEROED(llmpar_local, piece); /* the box as a part of its own */
         int64_t elements = 1;
-        memset(&piece, 0, sizeof piece);
         for (int32_t d = 0; d < tensor->dims; d++) {
             piece.offset[d] = box[i].begin[d];
             piece.shape[d] = box[i].end[d] - box[i].begin[d];
@@ -138,8 +137,8 @@ static llmpar_status llmpar__redistribute_pairs(const llmpar_redistribute_plan *
     llmpar_comm *comm = mesh->comm[axis];
     llmpar_local held, needed, other;
     llmpar_status st = LLMPAR_OK;
-    llmpar_dtensor_local(&plan->from, mesh->degree, mesh->coordinate, &held);
-    llmpar_dtensor_local(&plan->to, mesh->degree, mesh->coordinate, &needed);
+    llmpar__mesh_local(mesh, &plan->from, &held);
+    llmpar__mesh_local(mesh, &plan->to, &needed);
     size_t count = (size_t)(held.flat_count / comm->ranks), bytes = count * llmpar_dtype_size(plan->from.dtype);
     char *received = scratch + bytes * (size_t)comm->ranks;
     if (!count) return LLMPAR_OK;
@@ -342,8 +341,8 @@ static llmpar_status llmpar__redistribute_step_run(const llmpar_redistribute_pla
     llmpar_local held, result;
     size_t blocks = 1, count = 0;
     llmpar__redistribute_before(plan, i, &before);
-    llmpar_dtensor_local(&before, mesh->degree, mesh->coordinate, &held);
-    llmpar_dtensor_local(&step->result, mesh->degree, mesh->coordinate, &result);
+    llmpar__mesh_local(mesh, &before, &held);
+    llmpar__mesh_local(mesh, &step->result, &result);
     switch (step->op) {
     case LLMPAR_REDISTRIBUTE_LOCAL: return llmpar__redistribute_boxes(mesh, stream, &plan->from, &held, in, &result, out, NULL);
     case LLMPAR_REDISTRIBUTE_BROADCAST: return llmpar__redistribute_broadcasts(&before, mesh, stream, in, staging, out);
@@ -369,22 +368,17 @@ static llmpar_status llmpar__redistribute_run(const llmpar_redistribute_plan *pl
     llmpar_local local;
     llmpar_status st = LLMPAR_OK;
     for (int32_t i = 0; i + 1 < plan->steps; i++) {
-        llmpar_dtensor_local(&plan->step[i].result, mesh->degree, mesh->coordinate, &local);
+        llmpar__mesh_local(mesh, &plan->step[i].result, &local);
         between += (size_t)local.flat_count * item;
     }
     for (int32_t i = 0; i < plan->steps && !st; i++) {
         int last = i + 1 == plan->steps;
-        llmpar_dtensor_local(&plan->step[i].result, mesh->degree, mesh->coordinate, &local);
+        llmpar__mesh_local(mesh, &plan->step[i].result, &local);
         st = llmpar__redistribute_step_run(plan, i, mesh, stream, in, scratch + between, last ? out : area);
         in = area;
         area += last ? 0 : (size_t)local.flat_count * item;
     }
     return st;
-}
-
-static int llmpar__redistribute_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
-{
-    return a_bytes && b_bytes && (uintptr_t)a < (uintptr_t)b + b_bytes && (uintptr_t)b < (uintptr_t)a + a_bytes;
 }
 
 LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *plan, const llmpar_mesh *mesh, llmpar_stream *stream, const void *in, void *scratch, void *out)
@@ -398,15 +392,15 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
     for (int a = 0; a < LLMPAR_MESH_AXES; a++)
         if (plan->degree[a] != mesh->degree[a])
             return llmpar_fail(mesh->ctx, LLMPAR_ERR_MESH, "%s: redistribute: the plan is for a mesh with %s = %d, expected this mesh's %d", name, llmpar_axis_name((llmpar_axis)a), (int)plan->degree[a], (int)mesh->degree[a]);
-    llmpar_dtensor_local(&plan->from, mesh->degree, mesh->coordinate, &held);
-    llmpar_dtensor_local(to, mesh->degree, mesh->coordinate, &needed);
+    llmpar__mesh_local(mesh, &plan->from, &held);
+    llmpar__mesh_local(mesh, to, &needed);
     size_t in_bytes = (size_t)held.flat_count * item, out_bytes = (size_t)needed.flat_count * item, scratch_bytes = (size_t)llmpar_redistribute_scratch(plan, mesh->coordinate) * item;
     if ((in_bytes && !in) || (out_bytes && !out) || (scratch_bytes && !scratch))
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: %s is NULL, expected room for %lu bytes", name, in_bytes && !in ? "in" : out_bytes && !out ? "out" : "scratch",
                            (unsigned long)(in_bytes && !in ? in_bytes : out_bytes && !out ? out_bytes : scratch_bytes));
     const char *source = in_bytes ? (const char *)in + (size_t)held.shard_begin * item : NULL;
     char *target = out_bytes ? (char *)out + (size_t)needed.shard_begin * item : NULL;
-    if (llmpar__redistribute_overlap(source, in_bytes, target, out_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, source, in_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, target, out_bytes))
+    if (llmpar__comm_overlap(source, in_bytes, target, out_bytes) || llmpar__comm_overlap(scratch, scratch_bytes, source, in_bytes) || llmpar__comm_overlap(scratch, scratch_bytes, target, out_bytes))
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: in, scratch and out overlap", name);
 
     char tag[64], before[64], after[64]; /* the barrier compares tags: the request as a number, and, as far as it fits, in words */
@@ -465,8 +459,7 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const
     const char *name = tensor->name ? tensor->name : "tensor";
     llmpar_redistribute_plan plan;
     llmpar_local part;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status st = llmpar_dtensor_check(tensor, mesh->degree, &error);
     if (st) return llmpar_fail(mesh->ctx, st, "%s", error.text);
     for (int32_t i = 0; i < tensor->placements; i++) {
@@ -486,7 +479,7 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const
                                (long long)p->offset, (long long)p->unit_elements);
     }
     llmpar__redistribute_full_plan(tensor, mesh, &plan);
-    llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, &part);
+    llmpar__mesh_local(mesh, tensor, &part);
     return llmpar__redistribute_run(&plan, mesh, stream, (const char *)local + (size_t)part.shard_begin * llmpar_dtype_size(tensor->dtype), (char *)scratch, (char *)full);
 }
 
@@ -494,7 +487,7 @@ LLMPAR_DEF void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_me
 {
     llmpar_local part;
     size_t item = llmpar_dtype_size(tensor->dtype);
-    llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, &part);
+    llmpar__mesh_local(mesh, tensor, &part);
     char *out = (char *)local + (size_t)part.shard_begin * item;
     int64_t run = tensor->dims ? part.shape[tensor->dims - 1] : 1, at = part.flat_begin, end = part.flat_begin + part.flat_count;
     while (at < end) { /* a run of the rectangle's innermost dim at a time */

@@ -169,7 +169,7 @@ static llmpar_status llmpar__checkpoint_open(llmpar_checkpoint *c)
     int32_t count;
     llmpar_status status = llmpar__checkpoint_declare(c, NULL, NULL, &count);
     if (status || !count) return status;
-    llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(heap, (size_t)count, sizeof *tensors);
+    llmpar_safetensor *tensors = LLMPAR__ZALLOC(llmpar_safetensor, heap, (size_t)count);
     char *names = (char *)llmpar_heap_alloc(heap, (size_t)count, LLMPAR__CHECKPOINT_NAME);
     if (!tensors || !names) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %d tensor names", (int)count);
     if (!status) status = llmpar__checkpoint_declare(c, tensors, names, &count);
@@ -207,7 +207,7 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
                 if (c->copy) status = device->copy(device, stream, c->copy + at, from, bytes);
                 at += bytes;
                 for (size_t done = 0, part; staging && done < bytes; done += part) {
-                    part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
+                    part = llmpar__least(bytes - done, LLMPAR__CHECKPOINT_STAGING);
                     status = device->copy(device, stream, staging, from + done, part);
                     if (!status) status = device->synchronize(device, stream);
                     if (!status) status = llmpar_safetensors_writer_write(c->writer, staging, part, &c->error);
@@ -286,8 +286,7 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
 {
     llmpar_heap *heap = &c->ctx->heap;
     char path[LLMPAR__CHECKPOINT_PATH];
-    int complete = 0;
-    llmpar__checkpoint_file config, *files = (llmpar__checkpoint_file *)llmpar_heap_zalloc(heap, (size_t)c->ctx->world, sizeof *files);
+    llmpar__checkpoint_file config, *files = LLMPAR__ZALLOC(llmpar__checkpoint_file, heap, (size_t)c->ctx->world);
     llmpar_status status = files ? LLMPAR_OK : llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     for (int32_t r = 0; r < c->ctx->world && !status; r++) {
         snprintf(files[r].name, sizeof files[r].name, "rank-%05d.safetensors", (int)r);
@@ -298,7 +297,7 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
     snprintf(path, sizeof path, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
     if (!status) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, c->config ? &config : NULL, files, path, &c->error);
     llmpar_heap_free(heap, files);
-    return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &complete, &c->error);
+    return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &c->error);
 }
 
 /* All ranks have written, or failed to. */
@@ -315,7 +314,7 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
     llmpar__checkpoint_drop(c);
     mine[0] = (int64_t)bytes;
     mine[1] = (int64_t)sum;
-    int64_t *sums = (int64_t *)llmpar_heap_alloc(&ctx->heap, 2 * (size_t)ctx->world, sizeof *sums);
+    int64_t *sums = LLMPAR__ALLOC(int64_t, &ctx->heap, 2 * (size_t)ctx->world);
     if (!sums && !status) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     status = llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint written");
     const llmpar_collective call = llmpar__comm_collective(mine, sums, 2, LLMPAR_I64, "checkpoint sums");
@@ -379,7 +378,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_opti
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no desc");
     if (!desc->directory || !desc->directory[0] || strlen(desc->directory) > 1000) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: directory of %zu bytes, expected 1 .. 1000", desc->directory ? strlen(desc->directory) : 0);
     if (desc->keep < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: keep = %d, expected 0 (all) or more", (int)desc->keep);
-    llmpar_checkpoint *c = (llmpar_checkpoint *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *c);
+    llmpar_checkpoint *c = LLMPAR__ZALLOC(llmpar_checkpoint, &ctx->heap, 1);
     if (!c) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     c->fsdp = fsdp;
     c->optim = optim;

@@ -99,23 +99,20 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io,
     return number ? llmpar__directory_error(error, "remove it", path, number) : LLMPAR_OK;
 }
 
-/* Any step-*.tmp that is there: the name of one, or "". */
-typedef struct llmpar__directory_left { char name[64]; } llmpar__directory_left;
+/* Any step-*.tmp that is there: the name of one without .tmp, in char[64], or "". */
 static int llmpar__directory_leftover(void *user, const char *name)
 {
     size_t length = strlen(name);
-    char *out = ((llmpar__directory_left *)user)->name;
-    if (length < 5 || length >= sizeof ((llmpar__directory_left *)user)->name || strcmp(name + length - 4, ".tmp")) return 0;
-    memcpy(out, name, length - 4);
-    out[length - 4] = 0;
+    char *out = (char *)user;
+    if (length < 5 || length >= 64 || strcmp(name + length - 4, ".tmp")) return 0;
+    snprintf(out, 64, "%.*s", (int)length - 4, name);
     if (llmpar__checkpoint_step(out) < 0) out[0] = 0;
-    return out[0] != 0 ? -1 : 0;
+    return out[0] ? -1 : 0;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error)
 {
-    char path[LLMPAR__CHECKPOINT_PATH];
-    llmpar__directory_left left;
+    char path[LLMPAR__CHECKPOINT_PATH], left[64];
     io = io ? io : llmpar_io_system();
     int fresh = llmpar_file_kind(io, directory) == LLMPAR_IO_NONE, number;
     llmpar_status status = llmpar_directory_ensure(io, directory, error);
@@ -125,11 +122,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
         status = llmpar_directory_sync(io, path, error);
     }
     while (!status) {
-        left.name[0] = 0;
-        number = llmpar__directory_list(io, directory, llmpar__directory_leftover, &left);
+        left[0] = 0;
+        number = llmpar__directory_list(io, directory, llmpar__directory_leftover, left);
         if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
-        if (!left.name[0]) break;
-        snprintf(path, sizeof path, "%s/%s.tmp", directory, left.name);
+        if (!left[0]) break;
+        snprintf(path, sizeof path, "%s/%s.tmp", directory, left);
         status = llmpar__checkpoint_remove(io, path, error);
     }
     snprintf(path, sizeof path, "%s/step-%lld", directory, (long long)step);
@@ -139,22 +136,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
     snprintf(path, sizeof path, "%s/step-%lld.tmp", directory, (long long)step);
     LLMPAR__AGAIN(make_directory, path);
     return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
-}
-
-static llmpar_status llmpar__checkpoint_latest(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error)
-{
-    char path[LLMPAR__CHECKPOINT_PATH], text[32];
-    llmpar_writer *writer = NULL;
-    int length = snprintf(text, sizeof text, "step-%lld\n", (long long)step);
-    snprintf(path, sizeof path, "%s/latest", directory);
-    llmpar_status status = llmpar_writer_open(heap, io, path, &writer, error);
-    if (!status) status = llmpar_writer_write(writer, text, (size_t)length, error);
-    if (!status) {
-        status = llmpar_writer_commit(writer, error);
-        writer = NULL;
-    }
-    llmpar_writer_abandon(writer);
-    return status;
 }
 
 /* All complete ones but the newest `keep`. */
@@ -175,19 +156,19 @@ static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *d
     return status;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, llmpar_error *error)
 {
-    char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
+    char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH], latest[32];
     LLMPAR__NO_ERROR(why);
     io = io ? io : llmpar_io_system();
+    snprintf(latest, sizeof latest, "step-%lld\n", (long long)step);
     snprintf(to, sizeof to, "%s/step-%lld", directory, (long long)step);
     snprintf(from, sizeof from, "%s/step-%lld.tmp", directory, (long long)step);
     llmpar_status status = llmpar_directory_sync(io, from, error);
     if (!status) status = llmpar_file_rename(io, from, to, error);
     if (status) return status;
-    *complete = 1;
     status = llmpar_directory_sync(io, directory, &why);
-    if (!status) status = llmpar__checkpoint_latest(heap, io, directory, step, &why);
+    if (!status) status = llmpar__hf_put_text(heap, io, directory, "latest", latest, &why);
     if (!status && keep) status = llmpar__checkpoint_prune(io, directory, step, keep, &why);
     return status ? llmpar_error_set(error, status, "%s is complete, but: %s", to, why.text) : LLMPAR_OK;
 }

@@ -49,8 +49,8 @@ LLMPAR__PRIVATE int64_t llmpar__checkpoint_step(const char *name); /* of "step-8
 LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error); /* as llmpar_checkpoint_newest */
 /* Makes DIR if need be, removes what crashes left, refuses a step that is there, makes step-N.tmp. */
 LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error);
-/* step-N.tmp, with all its files, becomes step-N; then `latest`; then older ones go. *complete: step-N is there, whatever is returned. */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error);
+/* step-N.tmp, with all its files, becomes step-N; then `latest`; then older ones go. A failure behind the rename says that step-N is complete. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, llmpar_error *error);
 LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error); /* a directory of files; a missing one is fine */
 
 /* manifest.c */
@@ -85,6 +85,8 @@ LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifes
 
 /* hf_files.c: DIR/name on the heap; NULL, with the error set, when out of memory. */
 LLMPAR__PRIVATE char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error);
+/* DIR/name with this text, synced, in the place of what stood there. */
+LLMPAR__PRIVATE llmpar_status llmpar__hf_put_text(llmpar_heap *heap, const llmpar_io *io, const char *directory, const char *name, const char *text, llmpar_error *error);
 
 #endif /* LLMPAR_NO_IO */
 

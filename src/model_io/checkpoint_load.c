@@ -128,7 +128,7 @@ static llmpar_status llmpar__load_match(llmpar__load *load)
     int32_t hint = 0;
     if (m->stored != dtype) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "%s: numbers of type %s, this run has %s", load->path, llmpar_dtype_name(m->stored), llmpar_dtype_name(dtype));
     if (load->states && strcmp(m->info.optimizer, own)) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "%s: optimizer %s, this run has %s", load->path, m->info.optimizer, own);
-    uint32_t *kinds = (uint32_t *)llmpar_heap_alloc(&load->ctx->heap, (size_t)m->tensors + 1, sizeof *kinds);
+    uint32_t *kinds = LLMPAR__ALLOC(uint32_t, &load->ctx->heap, (size_t)m->tensors + 1);
     if (!kinds) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", load->path);
     for (int32_t t = 0; t < m->tensors; t++) kinds[t] = m->tensor[t].kinds;
     llmpar_status status = LLMPAR_OK;
@@ -201,7 +201,7 @@ static llmpar_status llmpar__load_run(llmpar__load *load, const llmpar_safetenso
     if (load->ahead_of != tensor || offset + bytes > load->ahead_begin + load->ahead_bytes) { /* within a tensor offsets rise: of the pieces, of the boxes in one, of the runs in a box */
         load->ahead_of = tensor;
         load->ahead_begin = offset;
-        load->ahead_bytes = end - offset < LLMPAR__LOAD_AHEAD ? end - offset : LLMPAR__LOAD_AHEAD;
+        load->ahead_bytes = llmpar__least(end - offset, LLMPAR__LOAD_AHEAD);
         llmpar_status status = llmpar_safetensors_read(file, tensor, offset, load->ahead_bytes, load->ahead, &load->error);
         if (status) {
             load->ahead_of = NULL;
@@ -321,7 +321,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
     if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no path");
     LLMPAR__NO_ERROR(error);
     memset(info, 0, sizeof *info);
-    llmpar__load *load = (llmpar__load *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *load);
+    llmpar__load *load = LLMPAR__ZALLOC(llmpar__load, &ctx->heap, 1);
     void *buffer = NULL;
     llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD, &buffer);
     status = load && !status ? LLMPAR_OK : llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "%s: out of memory to load it", path);

@@ -142,7 +142,7 @@ static llmpar_status llmpar__hf_match(llmpar__hf_load *load, int32_t *matched)
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has shape %s, expected %s", file->path, param->name, llmpar__hf_shape(tensor->shape, tensor->dims, got, sizeof got),
                                    llmpar__hf_shape(param->shape, param->dims, expected, sizeof expected));
             }
-            if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
+            if (!llmpar__dtype_floats(tensor->dtype))
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
             if (llmpar_dtype_size(tensor->dtype) > raw) raw = llmpar_dtype_size(tensor->dtype);
             if (tensor->dtype != dtype) wide = llmpar_dtype_size(dtype);
@@ -259,7 +259,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     llmpar_ctx *ctx = file->ctx;
     int32_t count = 0, at = 0;
     for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
-    llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
+    llmpar_safetensor *tensors = LLMPAR__ZALLOC(llmpar_safetensor, &ctx->heap, (size_t)count + 1);
     file->tensors = tensors;
     if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
     for (int32_t u = 0; u < file->count; u++) {
@@ -274,7 +274,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     LLMPAR__NO_ERROR(error);
     if (!config) return llmpar__hf_fail(ctx, llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error), &error);
     size_t bytes = llmpar_llama_config_write(config, NULL, 0);
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1);
+    char *text = LLMPAR__ALLOC(char, &ctx->heap, bytes + 1);
     if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", path);
     llmpar_llama_config_write(config, text, bytes + 1);
     llmpar_status status = llmpar_hf_writer_open(&ctx->heap, ctx->io, path, tensors, count, max_bytes, text, &file->directory, &error);
@@ -297,15 +297,15 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     if (count < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: %d units", path, (int)count);
     for (int32_t u = 0; u < count && units; u++)
         if (units[u] < 0 || units[u] >= all) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: unit %d, expected 0 to %d", path, (int)units[u], (int)all - 1);
-    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
+    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && !llmpar__dtype_floats(desc->dtype))
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
-    llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
+    llmpar_tensor_file *file = LLMPAR__ZALLOC(llmpar_tensor_file, &ctx->heap, 1);
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     file->fsdp = fsdp;
     file->ctx = ctx;
     file->dtype = desc && desc->dtype != LLMPAR_DTYPE_DEFAULT ? desc->dtype : dtype;
     file->count = count;
-    file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
+    file->units = LLMPAR__ALLOC(int32_t, &ctx->heap, (size_t)file->count + 1);
     if (!file->units) {
         llmpar_heap_free(&ctx->heap, file);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);

@@ -17,7 +17,7 @@
 LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
 {
     size_t bytes = strlen(directory) + strlen(name) + 2;
-    char *path = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    char *path = LLMPAR__ALLOC(char, heap, bytes);
     if (path) snprintf(path, bytes, "%s/%s", directory, name);
     else llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a path", directory);
     return path;
@@ -73,9 +73,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *te
         else status = LLMPAR__HF_BAD("metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
     }
     if (!status) {
-        out->tensor = (const char **)llmpar_heap_alloc(heap, map->length, sizeof *out->tensor);
-        out->place = (int32_t *)llmpar_heap_alloc(heap, map->length, sizeof *out->place);
-        out->file = (const char **)llmpar_heap_alloc(heap, map->length < LLMPAR_HF_MAX_FILES ? map->length : LLMPAR_HF_MAX_FILES, sizeof *out->file);
+        out->tensor = LLMPAR__ALLOC(const char *, heap, map->length);
+        out->place = LLMPAR__ALLOC(int32_t, heap, map->length);
+        out->file = LLMPAR__ALLOC(const char *, heap, map->length < LLMPAR_HF_MAX_FILES ? map->length : LLMPAR_HF_MAX_FILES);
         if (!out->tensor || !out->place || !out->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensors", name, map->length);
     }
     for (const llmpar_json *entry = status ? NULL : map->child; entry && !status; entry = entry->next) status = llmpar__hf_index_entry(out, entry, name, error);
@@ -114,7 +114,7 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
         first[f] = files->tensors;
         files->tensors += files->file[f]->count;
     }
-    char *seen = (char *)llmpar_heap_zalloc(files->heap, (size_t)files->tensors, 1);
+    char *seen = LLMPAR__ZALLOC(char, files->heap, (size_t)files->tensors);
     if (!seen) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensors", files->path, (int)files->tensors);
     for (int32_t i = 0; i < index->count && !status; i++) {
         const llmpar_safetensors *file = files->file[index->place[i]];
@@ -147,7 +147,7 @@ static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar
     if (!status) status = llmpar_hf_index_parse(files->heap, text, bytes, files->path, &index, error);
     llmpar_heap_free(files->heap, text);
     if (!status) {
-        files->file = (llmpar_safetensors **)llmpar_heap_zalloc(files->heap, (size_t)index.files, sizeof *files->file);
+        files->file = LLMPAR__ZALLOC(llmpar_safetensors *, files->heap, (size_t)index.files);
         if (!files->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d files", files->path, (int)index.files);
     }
     for (int32_t f = 0; f < index.files && !status; f++) {
@@ -166,9 +166,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io
     *out = NULL;
     LLMPAR__NEED(heap && directory, error);
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
-    llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
+    llmpar_hf_files *files = LLMPAR__ZALLOC(llmpar_hf_files, heap, 1);
     int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
-    llmpar_safetensors **file = sharded ? NULL : (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *file);
+    llmpar_safetensors **file = sharded ? NULL : LLMPAR__ZALLOC(llmpar_safetensors *, heap, 1);
     llmpar_status status = single && index && files && (sharded || file) ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     llmpar_heap_free(heap, sharded ? single : index);
     if (!files) {
@@ -250,7 +250,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_i
 {
     *out = NULL;
     LLMPAR__NEED(heap && directory, error);
-    llmpar_hf_writer *w = (llmpar_hf_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    llmpar_hf_writer *w = LLMPAR__ZALLOC(llmpar_hf_writer, heap, 1);
     llmpar_status status = LLMPAR_OK;
     if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     w->heap = heap;
@@ -320,15 +320,15 @@ static llmpar_status llmpar__hf_remove(const llmpar_hf_writer *w, const char *na
     return status;
 }
 
-static llmpar_status llmpar__hf_put_text(const llmpar_hf_writer *w, const char *name, const char *text, size_t bytes, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__hf_put_text(llmpar_heap *heap, const llmpar_io *io, const char *directory, const char *name, const char *text, llmpar_error *error)
 {
-    char *path = llmpar__hf_join(w->heap, w->directory, name, error);
+    char *path = llmpar__hf_join(heap, directory, name, error);
     llmpar_writer *writer = NULL;
-    llmpar_status status = path ? llmpar_writer_open(w->heap, w->io, path, &writer, error) : LLMPAR_ERR_MEMORY;
-    if (!status) status = llmpar_writer_write(writer, text, bytes, error);
+    llmpar_status status = path ? llmpar_writer_open(heap, io, path, &writer, error) : LLMPAR_ERR_MEMORY;
+    if (!status) status = llmpar_writer_write(writer, text, strlen(text), error);
     if (status) llmpar_writer_abandon(writer);
     else status = llmpar_writer_commit(writer, error);
-    llmpar_heap_free(w->heap, path);
+    llmpar_heap_free(heap, path);
     return status;
 }
 
@@ -355,7 +355,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     llmpar__text index = llmpar__text_begin(NULL, 0);
     llmpar__hf_put_index(w, &index);
     size_t bytes = index.used;
-    char *text = (char *)llmpar_heap_alloc(w->heap, bytes + 1, 1);
+    char *text = LLMPAR__ALLOC(char, w->heap, bytes + 1);
     llmpar_status status = text ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for an index of %zu bytes", w->directory, bytes);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_SINGLE, error);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_INDEX, error);
@@ -370,7 +370,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     if (!status) {
         index = llmpar__text_begin(text, bytes + 1);
         llmpar__hf_put_index(w, &index);
-        status = llmpar__hf_put_text(w, LLMPAR__HF_INDEX, text, bytes, error);
+        status = llmpar__hf_put_text(w->heap, w->io, w->directory, LLMPAR__HF_INDEX, text, error);
     }
     llmpar_heap_free(w->heap, text);
     return status;
@@ -387,7 +387,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpa
     }
     if (!status && writer->files > 1) status = llmpar__hf_end_part(writer, error);
     /* Weights that find no room leave a config.json that stood here, and with it the old model, alone. */
-    if (!status && writer->config) status = llmpar__hf_put_text(writer, "config.json", writer->config, strlen(writer->config), error);
+    if (!status && writer->config) status = llmpar__hf_put_text(writer->heap, writer->io, writer->directory, "config.json", writer->config, error);
     if (!status && writer->files > 1) status = llmpar__hf_publish(writer, error);
     else if (!status) status = llmpar__hf_end_part(writer, error);
     if (!status && writer->files == 1) status = llmpar__hf_remove(writer, LLMPAR__HF_INDEX, error);

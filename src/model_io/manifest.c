@@ -95,7 +95,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
     llmpar__array array[LLMPAR__ARRAYS];
     llmpar__manifest_out out = {NULL, 0, error, LLMPAR_OK};
     const llmpar__checkpoint_file most = {"rank-00000.safetensors", UINT64_MAX, 0};
-    int32_t files = 0, first = 1, *index = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)ctx->world, sizeof *index);
+    int32_t files = 0, first = 1, *index = LLMPAR__ALLOC(int32_t, &ctx->heap, (size_t)ctx->world);
     if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     if (path) out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
     llmpar__manifest_put_info(&out, info);
@@ -374,9 +374,9 @@ static llmpar_status llmpar__manifest_room(llmpar_heap *heap, const llmpar_json 
         const llmpar_json *p = llmpar_json_get(t, "parts");
         parts += p ? p->length : 0;
     }
-    m->file = (llmpar__manifest_file *)llmpar_heap_zalloc(heap, files->length + 1, sizeof *m->file);
-    m->tensor = (llmpar__manifest_tensor *)llmpar_heap_zalloc(heap, tensors->length + 1, sizeof *m->tensor);
-    m->part = (llmpar__manifest_part *)llmpar_heap_zalloc(heap, parts + 1, sizeof *m->part);
+    m->file = LLMPAR__ZALLOC(llmpar__manifest_file, heap, files->length + 1);
+    m->tensor = LLMPAR__ZALLOC(llmpar__manifest_tensor, heap, tensors->length + 1);
+    m->part = LLMPAR__ZALLOC(llmpar__manifest_part, heap, parts + 1);
     if (m->file && m->tensor && m->part) return LLMPAR_OK;
     return in->status = llmpar_error_set(in->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu files, %zu tensors, %zu parts", in->name, files->length, tensors->length, parts);
 }

@@ -66,8 +66,8 @@ static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, 
     *moments = *factors = 0;
     if (u->frozen) return LLMPAR_OK;
     unit->params = u->param_count;
-    unit->part = (llmpar__adalomo_part *)llmpar_heap_zalloc(optim->heap, (size_t)count + 1, sizeof *unit->part);
-    unit->rows = (int64_t *)llmpar_heap_zalloc(optim->heap, 3 * (size_t)u->param_count + 1, sizeof(int64_t));
+    unit->part = LLMPAR__ZALLOC(llmpar__adalomo_part, optim->heap, (size_t)count + 1);
+    unit->rows = LLMPAR__ZALLOC(int64_t, optim->heap, 3 * (size_t)u->param_count + 1);
     if (!unit->part || !unit->rows) return llmpar_fail(mesh->ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for unit %s", u->name);
     unit->cols = unit->rows + u->param_count;
     unit->sum = unit->cols + u->param_count;
@@ -148,13 +148,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
     llmpar_mesh *mesh = llmpar_fsdp_mesh(optim->fsdp);
     llmpar_ctx *ctx = mesh->ctx;
     llmpar_device *device = ctx->device;
-    if (device->size < offsetof(llmpar_device, adalomo) + sizeof device->adalomo || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square || !device->adalomo)
+    if (!LLMPAR__HAS(device, adalomo) || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square)
         return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "adalomo: device %s lacks largest, factor_sum, factor_moment, adalomo_square or adalomo", device->name);
-    llmpar__adalomo *a = (llmpar__adalomo *)llmpar_heap_zalloc(optim->heap, 1, sizeof *a);
+    llmpar__adalomo *a = LLMPAR__ZALLOC(llmpar__adalomo, optim->heap, 1);
     if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory");
     optim->adalomo = a;
     a->units = llmpar_fsdp_unit_count(optim->fsdp);
-    a->unit = (llmpar__adalomo_unit *)llmpar_heap_zalloc(optim->heap, (size_t)a->units, sizeof *a->unit);
+    a->unit = LLMPAR__ZALLOC(llmpar__adalomo_unit, optim->heap, (size_t)a->units);
     if (!a->unit) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for %d units", (int)a->units);
     LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_policy(optim->fsdp, &policy);

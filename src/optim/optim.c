@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/math.h"
+#include "tables/tables_internal.h"
 
 static const char *const llmpar__optim_names[LLMPAR_OPTIM_COUNT] = {"adamw", "sgd", "lomo", "adalomo"};
 
@@ -149,10 +150,10 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: works on %d numbers of state an element, llmpar_fsdp_desc.optimizer_states = %d", llmpar_optim_name(resolved.kind), (int)states, (int)given);
     if (resolved.kind == LLMPAR_OPTIM_SGD || resolved.kind == LLMPAR_OPTIM_LOMO) {
         llmpar_device *device = ctx->device;
-        if (device->size < offsetof(llmpar_device, sgd) + sizeof device->sgd || !device->sgd)
+        if (!LLMPAR__HAS(device, sgd))
             return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: device %s has no sgd", llmpar_optim_name(resolved.kind), device->name);
     }
-    llmpar_optim *optim = (llmpar_optim *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *optim);
+    llmpar_optim *optim = LLMPAR__ZALLOC(llmpar_optim, &ctx->heap, 1);
     if (!optim) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", llmpar_optim_name(resolved.kind));
     optim->fsdp = fsdp;
     optim->heap = &ctx->heap;

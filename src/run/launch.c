@@ -164,8 +164,8 @@ static llmpar_status llmpar__launch_places(llmpar__launch_job *job, llmpar_error
     llmpar_launch_desc *desc = &job->desc;
     llmpar__processors allowed;
     llmpar__processors_allowed(&allowed);
-    int32_t *order = (int32_t *)llmpar_heap_alloc(&job->heap, (size_t)allowed.count, sizeof *order);
-    if (!order) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
+    int32_t *order = LLMPAR__ALLOC(int32_t, &job->heap, (size_t)allowed.count);
+    if (!order) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_MEMORY, "out of memory for the list of processors");
     int32_t cores = llmpar__processors_cores(&allowed, order);
     if (!desc->threads) desc->threads = desc->lockstep ? 1 : llmpar__processors_share(cores, desc->ranks);
     int64_t all = (int64_t)desc->threads * desc->ranks;
@@ -173,7 +173,7 @@ static llmpar_status llmpar__launch_places(llmpar__launch_job *job, llmpar_error
     if (job->crowded || desc->lockstep || desc->pin == LLMPAR_PIN_OFF || !allowed.mask_known || (desc->pin == LLMPAR_PIN_DEFAULT && all != cores && all != allowed.count)) llmpar_heap_free(&job->heap, order);
     else job->processors = order;
     if (desc->pin == LLMPAR_PIN_ON && !job->processors)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: pin = on: %s, %d ranks x %d threads, %d processors: expected no more threads than processors, no lockstep, and a system that keeps threads where they are put",
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "pin = on: %s, %d ranks x %d threads, %d processors: expected no more threads than processors, no lockstep, and a system that keeps threads where they are put",
                                 desc->lockstep ? "in lockstep" : job->crowded ? "too many threads" : "the system does not say where threads may run", (int)desc->ranks, (int)desc->threads, (int)allowed.count);
     return LLMPAR_OK;
 }
@@ -197,16 +197,16 @@ static void *llmpar__launch_thread(void *arg)
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
 {
     if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
-    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (cores / ranks) to 1024", (int)desc->threads);
-    if (desc->deadline != desc->deadline) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
+    if (desc->threads < 0 || desc->threads > 1024) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "threads = %d inside a rank, expected 0 (cores / ranks) to 1024", (int)desc->threads);
+    if (desc->deadline != desc->deadline) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
     if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
     if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
     if (desc->record && !desc->record[0]) desc->record = NULL;
-    if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
+    if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
     if ((int)desc->transport < (int)LLMPAR_TRANSPORT_DEFAULT || (int)desc->transport > (int)LLMPAR_TRANSPORT_ENVIRONMENT)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: transport = %d, expected 0 (default), 1 (threads), 2 (MPI) or 3 (environment)", (int)desc->transport);
-    if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "transport = %d, expected 0 (default), 1 (threads), 2 (MPI) or 3 (environment)", (int)desc->transport);
+    if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
     if (!desc->log) desc->log = llmpar__launch_log;
     llmpar_status st = llmpar__launch_backend_check(desc->backend, error);
     if (st) return st;
@@ -216,7 +216,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
         char choices[128];
         llmpar__text out = llmpar__text_begin(choices, sizeof choices);
         for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?"); i++) llmpar__text_put(&out, "%s%s", out.used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: %s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "%s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
     }
     return LLMPAR_OK;
 }
@@ -238,7 +238,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     llmpar_error local;
     if (!error) error = &local;
     llmpar_error_clear(error);
-    if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
+    if (!fn) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "no rank function");
     if (given && given->transport == LLMPAR_TRANSPORT_ENVIRONMENT) return llmpar__launch_environment(given, fn, user, error);
     if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
     llmpar_cpu_level level;
@@ -251,12 +251,12 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     desc.ranks = ranks;
     llmpar_heap heap;
     llmpar_heap_init(&heap, desc.allocator);
-    llmpar__launch_job *job = (llmpar__launch_job *)llmpar_heap_zalloc(&heap, 1, sizeof *job);
-    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
+    llmpar__launch_job *job = LLMPAR__ZALLOC(llmpar__launch_job, &heap, 1);
+    llmpar__launch_rank *rank = LLMPAR__ZALLOC(llmpar__launch_rank, &heap, (size_t)ranks);
     if (!job || !rank) {
         llmpar_heap_free(&heap, rank);
         llmpar_heap_free(&heap, job);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_MEMORY, "out of memory for %d ranks", (int)ranks);
     }
     job->desc = desc;
     if (desc.backend) {

@@ -22,7 +22,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_variable(const char *name, int32_t least,
     if (!text) return 0;
     while (digits < 10 && text[digits] >= '0' && text[digits] <= '9') value = value * 10 + (text[digits++] - '0');
     if (!digits || text[digits] || value < least || value > most) {
-        llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s = \"%.40s\", expected a number from %d to %d", name, text, (int)least, (int)most);
+        LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has %s = \"%.40s\", expected a number from %d to %d", name, text, (int)least, (int)most);
         return -1;
     }
     *out = (int32_t)value;
@@ -49,17 +49,17 @@ static llmpar_status llmpar__launch_place(llmpar_ctx *ctx, const llmpar_launch_d
     int has_rank = has_world < 0 ? -1 : llmpar__launch_variable("RANK", 0, has_world ? world - 1 : INT32_MAX, &rank, error);
     if (has_world < 0 || has_rank < 0) return error->status;
     if (!has_world || !has_rank)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment are asked for, but %s is not there, expected RANK, WORLD_SIZE and LOCAL_RANK of torchrun or a like launcher", has_world ? "RANK" : "WORLD_SIZE");
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "ranks by the environment are asked for, but %s is not there, expected RANK, WORLD_SIZE and LOCAL_RANK of torchrun or a like launcher", has_world ? "RANK" : "WORLD_SIZE");
     int has_locals = llmpar__launch_variable("LOCAL_WORLD_SIZE", 1, world, locals, error);
     int has_local = has_locals < 0 ? -1 : llmpar__launch_local(&local, error);
     if (has_locals < 0 || has_local < 0) return error->status;
     if (has_locals && has_local && local >= *locals)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has LOCAL_RANK = %d, expected a number below LOCAL_WORLD_SIZE = %d", (int)local, (int)*locals);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has LOCAL_RANK = %d, expected a number below LOCAL_WORLD_SIZE = %d", (int)local, (int)*locals);
     if (!has_locals) *locals = world;
     ctx->rank = rank;
     ctx->world = world;
     ctx->local_rank = has_local ? local : has_locals ? rank % *locals : rank;
-    if (desc->ranks && desc->ranks != world) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but the environment has WORLD_SIZE = %d", (int)desc->ranks, (int)world);
+    if (desc->ranks && desc->ranks != world) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "ranks = %d, but the environment has WORLD_SIZE = %d", (int)desc->ranks, (int)world);
     return LLMPAR_OK;
 }
 
@@ -72,19 +72,19 @@ static llmpar_status llmpar__launch_meeting(char *meeting, llmpar_error *error)
     meeting[0] = 0;
     if (has_port < 0) return error->status;
     if (!host && !has_port) return LLMPAR_OK;
-    if (!host || !host[0] || !has_port) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s without %s, expected both or neither", has_port ? "MASTER_PORT" : "MASTER_ADDR", has_port ? "MASTER_ADDR" : "MASTER_PORT");
-    if (strlen(host) > LLMPAR__LAUNCH_MEETING - 8) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has a MASTER_ADDR of %lu bytes, expected at most %d", (unsigned long)strlen(host), LLMPAR__LAUNCH_MEETING - 8);
+    if (!host || !host[0] || !has_port) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has %s without %s, expected both or neither", has_port ? "MASTER_PORT" : "MASTER_ADDR", has_port ? "MASTER_ADDR" : "MASTER_PORT");
+    if (strlen(host) > LLMPAR__LAUNCH_MEETING - 8) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has a MASTER_ADDR of %lu bytes, expected at most %d", (unsigned long)strlen(host), LLMPAR__LAUNCH_MEETING - 8);
     snprintf(meeting, LLMPAR__LAUNCH_MEETING, "%s:%d", host, (int)port);
     return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__launch_refuse(const llmpar_launch_desc *desc, llmpar_error *error)
 {
-    if (desc->mpi) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks by the environment and a desc for MPI, expected one of them");
-    if (desc->lockstep) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for processes of the environment");
-    if (desc->pin == LLMPAR_PIN_ON) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; processes are bound by their launcher");
+    if (desc->mpi) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "ranks by the environment and a desc for MPI, expected one of them");
+    if (desc->lockstep) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_UNSUPPORTED, "lockstep is for ranks that are threads, not for processes of the environment");
+    if (desc->pin == LLMPAR_PIN_ON) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_UNSUPPORTED, "pin = on is for ranks that are threads; processes are bound by their launcher");
     if (!desc->backend || !desc->backend->comm_create)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment need a backend with a communicator (comm_create: llmpar_nccl_backend); %s", desc->backend ? "this backend has none" : "there is no backend");
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "ranks by the environment need a backend with a communicator (comm_create: llmpar_nccl_backend); %s", desc->backend ? "this backend has none" : "there is no backend");
     return LLMPAR_OK;
 }
 

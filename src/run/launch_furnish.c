@@ -18,9 +18,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_backend_check(const llmpar_back
 {
     if (!backend) return LLMPAR_OK;
     if (backend->abi != LLMPAR_BACKEND_ABI || backend->size < sizeof *backend)
-        return llmpar_error_set(error, LLMPAR_ERR_ABI, "launch: backend with abi %u and %u bytes, expected abi %u and %lu bytes", (unsigned)backend->abi, (unsigned)backend->size, LLMPAR_BACKEND_ABI, (unsigned long)sizeof *backend);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ABI, "backend with abi %u and %u bytes, expected abi %u and %lu bytes", (unsigned)backend->abi, (unsigned)backend->size, LLMPAR_BACKEND_ABI, (unsigned long)sizeof *backend);
     if (!backend->device_create != !backend->device_destroy)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: backend %s: device_%s is empty, expected both of device_create and device_destroy or neither", llmpar__launch_backend_name(backend), backend->device_create ? "destroy" : "create");
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "backend %s: device_%s is empty, expected both of device_create and device_destroy or neither", llmpar__launch_backend_name(backend), backend->device_create ? "destroy" : "create");
     return LLMPAR_OK;
 }
 
@@ -100,7 +100,7 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_failure(const llmpar_ctx *ctx, llmpar_st
 
 LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error)
 {
-    if (ctx->comm && ctx->comm != ctx->host_comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, abort) && ctx->comm->abort) ctx->comm->abort(ctx->comm, error);
+    if (ctx->comm && ctx->comm != ctx->host_comm && LLMPAR__HAS(ctx->comm, abort)) ctx->comm->abort(ctx->comm, error);
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
@@ -114,7 +114,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backen
 
 LLMPAR__PRIVATE_DEF llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx)
 {
-    if (ctx->comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, record) && ctx->comm->record) return ctx->comm->record;
+    if (ctx->comm && LLMPAR__HAS(ctx->comm, record)) return ctx->comm->record;
     return ctx->host_comm ? ctx->host_comm->record : NULL;
 }
 
@@ -178,7 +178,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 {
     if (ctx->world == 1) return LLMPAR_OK;
-    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
+    uint64_t mine = 0, *all = LLMPAR__ZALLOC(uint64_t, &ctx->heap, (size_t)ctx->world);
     if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
     llmpar_collective call = llmpar__comm_collective(&mine, all, 1, LLMPAR_U64, "launch/self_test");
     llmpar_status st = llmpar__launch_self_test(ctx, &mine);

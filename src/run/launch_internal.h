@@ -7,6 +7,9 @@
 #include "run/launch.h"
 #include "tables/tables_internal.h"
 
+/* What a launch does not take, said in the caller's `error`. */
+#define LLMPAR__LAUNCH_NO(status, ...) llmpar_error_set(error, status, "launch: " __VA_ARGS__)
+
 /* Checks the desc and fills in the defaults; ranks stays as it is where it is 0. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error);
 /* Is this a backend that can be used? NULL is. */

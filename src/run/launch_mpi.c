@@ -156,7 +156,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     (void)fn;
     (void)user;
     if (!given || (given->transport != LLMPAR_TRANSPORT_MPI && !given->mpi)) return 0;
-    llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: ranks as MPI processes are asked for, but the implementation was compiled without LLMPAR_USE_MPI");
+    LLMPAR__LAUNCH_NO(LLMPAR_ERR_UNSUPPORTED, "ranks as MPI processes are asked for, but the implementation was compiled without LLMPAR_USE_MPI");
     return 1;
 }
 

@@ -56,7 +56,7 @@ LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
 
 static void llmpar__metrics_usage(FILE *file, const char *name, const uint64_t bytes[LLMPAR_TAG_COUNT], uint64_t total)
 {
-    fprintf(file, "\"%s\":{", name);
+    fprintf(file, ",\"%s\":{", name);
     for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)bytes[tag]);
     fprintf(file, "\"total\":%llu}", (unsigned long long)total);
 }
@@ -96,11 +96,9 @@ static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *s
     if (llmpar_isfinite_f64(step->loss)) snprintf(loss, sizeof loss, "%.9g", step->loss);
     if (llmpar_isfinite_f64(step->grad_norm)) snprintf(norm, sizeof norm, "%.9g", step->grad_norm);
     if (t->desc.dtype == LLMPAR_F16) snprintf(scale, sizeof scale, "\"loss_scale\":%.9g,\"found_inf\":%d,", step->loss_scale, (int)step->found_inf);
-    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
+    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
     llmpar__metrics_usage(file, "memory", usage.peak, usage.peak_total);
-    fputc(',', file);
     llmpar__metrics_usage(file, "memory_init", t->memory.init.live, t->memory.init.live_total);
-    fputc(',', file);
     llmpar__metrics_usage(file, "memory_before_optimizer", t->memory.before_optimizer.live, t->memory.before_optimizer.live_total);
     fputs("}\n", file);
     if (fflush(file) || ferror(file)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write step %lld: %s", t->desc.log, (long long)step->step, strerror(errno));

@@ -131,11 +131,10 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
 
 static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
 {
-    llmpar_data_desc desc;
     if (!t->desc.data) return LLMPAR_OK;
+    LLMPAR__ZEROED(llmpar_data_desc, desc);
     LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_file_map(t->desc.data, &t->file, &error);
-    memset(&desc, 0, sizeof desc);
     desc.bytes = t->file.data;
     desc.count = t->file.bytes;
     desc.seq_len = t->desc.seq_len;
@@ -183,7 +182,7 @@ static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
     void *staging = NULL;
     t->staging_bytes = (size_t)(2 * rows + t->desc.seq_len + 1) * sizeof(int32_t);
     if (!llmpar_device_host_alloc(t->ctx->device, heap, t->staging_bytes, &staging)) t->staging = (int32_t *)staging;
-    t->micro = (llmpar_micro *)llmpar_heap_zalloc(heap, (size_t)t->desc.grad_accum, sizeof *t->micro);
+    t->micro = LLMPAR__ZALLOC(llmpar_micro, heap, (size_t)t->desc.grad_accum);
     if (!t->staging || !t->micro) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: no memory for %lld tokens a micro-batch", (long long)rows);
     for (int32_t m = 0; m < t->desc.grad_accum; m++) {
         t->micro[m].batch = t->local;
@@ -281,7 +280,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
 {
     llmpar_ctx *ctx = mesh->ctx;
     *out = NULL;
-    llmpar_trainer *t = (llmpar_trainer *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *t);
+    llmpar_trainer *t = LLMPAR__ZALLOC(llmpar_trainer, &ctx->heap, 1);
     if (!t) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     t->ctx = ctx;
     t->mesh = mesh;

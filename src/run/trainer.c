@@ -68,7 +68,7 @@ static llmpar_status llmpar__trainer_gradient(void *user, llmpar_fsdp *fsdp, int
 static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 {
     llmpar_heap *heap = &t->ctx->heap;
-    int32_t count = 0, *units = (int32_t *)llmpar_heap_alloc(heap, (size_t)t->train->units + 1, sizeof *units);
+    int32_t count = 0, *units = LLMPAR__ALLOC(int32_t, heap, (size_t)t->train->units + 1);
     if (!units) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     for (int32_t i = 0; i < t->train->count && count < t->train->units; i++)
         if (t->train->list[i].op == LLMPAR_OP_OPTIM) units[count++] = t->train->list[i].unit;

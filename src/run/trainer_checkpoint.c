@@ -25,7 +25,7 @@ static void llmpar__resume_info(const llmpar_trainer *t, llmpar_checkpoint_info 
 static char *llmpar__resume_config(llmpar_ctx *ctx, const llmpar_llama_config *config)
 {
     size_t bytes = llmpar_llama_config_write(config, NULL, 0) + 1;
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    char *text = LLMPAR__ALLOC(char, &ctx->heap, bytes);
     if (text) llmpar_llama_config_write(config, text, bytes);
     else llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory for config.json");
     return text;
@@ -110,8 +110,8 @@ static llmpar_status llmpar__resume_auto(llmpar_trainer *t)
     llmpar_ctx *ctx = t->ctx;
     char path[LLMPAR__CHECKPOINT_PATH];
     int64_t step = INT64_MAX, newest = -1;
-    llmpar_error earlier = ctx->error, error;
-    llmpar_error_clear(&error);
+    llmpar_error earlier = ctx->error;
+    LLMPAR__NO_ERROR(error);
     llmpar_status status;
     for (;;) {
         llmpar__trainer_forget(&ctx->error);
@@ -154,11 +154,10 @@ static llmpar_status llmpar__resume_named(llmpar_trainer *t, const char *directo
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
 {
     llmpar_ctx *ctx = t->ctx;
-    llmpar_checkpoint_desc desc;
+    LLMPAR__ZEROED(llmpar_checkpoint_desc, desc);
     llmpar_status status = LLMPAR_OK;
     const char *resume = t->desc.resume;
     char path[LLMPAR__CHECKPOINT_PATH], own[LLMPAR__CHECKPOINT_PATH];
-    memset(&desc, 0, sizeof desc);
     desc.directory = t->desc.checkpoint;
     desc.keep = t->desc.keep;
     desc.background = t->desc.checkpoint_background;

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/heap.h"
+#include "tables/tables_internal.h"
 
 #if !defined(LLMPAR_NO_SIM)
 
@@ -73,7 +74,7 @@ static size_t llmpar__sim_embedding_backward_workspace(llmpar_device *device, co
 
 LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out)
 {
-    llmpar__sim *sim = (llmpar__sim *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    llmpar__sim *sim = LLMPAR__ZALLOC(llmpar__sim, heap, 1);
     *out = NULL;
     if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for the device");
     llmpar_device *table = &sim->table;
@@ -94,7 +95,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_erro
     table->stream_destroy = llmpar__sim_stream_destroy;
     table->synchronize = llmpar__sim_synchronize;
     /* As the device can or not, so that a recipe is refused in the plan where it would be. */
-    if (of->size >= offsetof(llmpar_device, stream_thread) + sizeof of->stream_thread && of->stream_thread) table->stream_thread = llmpar__sim_stream_thread;
+    if (LLMPAR__HAS(of, stream_thread)) table->stream_thread = llmpar__sim_stream_thread;
     table->apart = llmpar_device_apart(of);
     table->event_create = llmpar__sim_event_create;
     table->event_destroy = llmpar__sim_event_destroy;
@@ -156,7 +157,7 @@ static llmpar_status llmpar__sim_split(llmpar_comm *comm, int32_t color, int32_t
 
 LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out)
 {
-    llmpar__sim_comm *sim = (llmpar__sim_comm *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    llmpar__sim_comm *sim = LLMPAR__ZALLOC(llmpar__sim_comm, heap, 1);
     *out = NULL;
     if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for communicator %s", of->axis);
     llmpar_comm *comm = &sim->comm;
@@ -170,7 +171,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
     comm->axis = of->axis;
     comm->device = device;
     comm->error = error;
-    comm->one_thread = of->size >= offsetof(llmpar_comm, one_thread) + sizeof of->one_thread ? of->one_thread : NULL;
+    comm->one_thread = LLMPAR__HAS(of, one_thread) ? of->one_thread : NULL;
     comm->state = sim;
     comm->split = llmpar__sim_split;
     comm->destroy = llmpar__sim_comm_destroy;

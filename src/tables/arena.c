@@ -95,7 +95,7 @@ static void llmpar__arena_add_idle(llmpar_arena *arena, llmpar__arena_block *blo
 LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out)
 {
     *out = NULL;
-    llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
+    llmpar_arena *arena = LLMPAR__ZALLOC(llmpar_arena, &ctx->heap, 1);
     if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: no memory for its tables");
     arena->ctx = ctx;
     arena->limit = limit;
@@ -196,7 +196,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t byte
     llmpar_ctx *ctx = arena->ctx;
     size_t alignment = ctx->device->alignment;
     if (LLMPAR__ARENA_CUT == 1 || arena->limit || arena->taken || !bytes || bytes > SIZE_MAX - alignment) return LLMPAR_OK;
-    llmpar__arena_block *block = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *block);
+    llmpar__arena_block *block = LLMPAR__ZALLOC(llmpar__arena_block, &ctx->heap, 1);
     if (!block) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: no host memory for a block's entry");
     int clean = ctx->error.status == LLMPAR_OK;
     llmpar_status status = llmpar__arena_take(arena, block, ((size_t)bytes + alignment - 1) & ~(alignment - 1));
@@ -228,7 +228,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
     block = *link;
     if (block && block->bytes > need && !llmpar__arena_in_piece(arena, block) && (arena->limit || (block->bytes - 1) / LLMPAR__ARENA_CUT >= need)) block = NULL;
     if (!block || block->bytes > need) {
-        rest = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *rest);
+        rest = LLMPAR__ZALLOC(llmpar__arena_block, &ctx->heap, 1);
         if (!rest) return llmpar__arena_full(arena, tag, need, label, "no host memory for the block's entry");
     }
     if (block) {

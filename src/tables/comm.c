@@ -18,10 +18,9 @@ static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
                             comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
 }
 
-static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+LLMPAR__PRIVATE_DEF int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
 {
-    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
-    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
+    return a_bytes && b_bytes && (uintptr_t)a < (uintptr_t)b + b_bytes && (uintptr_t)b < (uintptr_t)a + a_bytes;
 }
 
 static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
@@ -41,23 +40,18 @@ static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream
 typedef struct llmpar__comm_mark {
     llmpar_record *record;
     uint64_t id;
+    int completed;
 } llmpar__comm_mark;
 
-static llmpar_status llmpar__comm_started(void *arg)
+static llmpar_status llmpar__comm_marked(void *arg)
 {
     const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_started(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-static llmpar_status llmpar__comm_completed(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_completed(mark->record, mark->id);
+    (mark->completed ? llmpar_record_completed : llmpar_record_started)(mark->record, mark->id);
     return LLMPAR_OK;
 }
 
 /* Is there a description of the call that the slot was asked for? */
-static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return LLMPAR__HAS(comm, call) ? comm->call : NULL; }
 
 LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
 {
@@ -93,6 +87,7 @@ static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpa
 {
     llmpar_call_describe(comm, op, call, out);
     mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
+    mark->completed = 0;
     mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
 }
 
@@ -111,12 +106,13 @@ static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *str
     llmpar_call described;
     llmpar__comm_mark mark;
     llmpar__comm_enter(comm, op, call, &described, &mark);
-    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
+    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_marked, &mark, sizeof mark) : LLMPAR_OK;
     if (st) return st;
     const llmpar_call *before = llmpar__comm_show(comm, &described);
     st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
     llmpar__comm_show(comm, before);
-    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
+    mark.completed = 1;
+    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_marked, &mark, sizeof mark);
     return st;
 }
 
@@ -187,6 +183,12 @@ LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stre
 LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
 LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
 LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_thread_check(const llmpar_comm *comm, const llmpar_call *call)
+{
+    llmpar_error *error = comm->one_thread ? llmpar_device_thread_error(comm->device, NULL) : NULL;
+    return error ? llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, comm->axis, comm->one_thread) : LLMPAR_OK;
+}
 
 LLMPAR__PRIVATE_DEF llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
 {

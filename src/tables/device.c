@@ -4,28 +4,27 @@
 
 #include <string.h>
 
-#define LLMPAR__DEVICE_HAS(device, slot) ((device)->size >= offsetof(llmpar_device, slot) + sizeof((device)->slot) && (device)->slot)
 
 LLMPAR_DEF llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream)
 {
-    if (LLMPAR__DEVICE_HAS(device, stream_thread)) return device->stream_thread(device, stream);
+    if (LLMPAR__HAS(device, stream_thread)) return device->stream_thread(device, stream);
     return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "device %s: its streams cannot have threads of their own", device->name);
 }
 
 LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own)
 {
-    llmpar_error *error = device && LLMPAR__DEVICE_HAS(device, thread_error) ? device->thread_error(device) : NULL;
+    llmpar_error *error = device && LLMPAR__HAS(device, thread_error) ? device->thread_error(device) : NULL;
     return error ? error : own;
 }
 
 LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
 {
-    return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
+    return LLMPAR__HAS(device, threads_running) ? device->threads_running(device) : 1;
 }
 
 LLMPAR_DEF int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
 {
-    return LLMPAR__DEVICE_HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
+    return LLMPAR__HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
 }
 
 LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
@@ -33,7 +32,7 @@ LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const 
     llmpar_tree_sum_args sum;
     size_t bytes = args->count * llmpar_dtype_size(args->dtype);
     llmpar_status status = LLMPAR_OK;
-    if (LLMPAR__DEVICE_HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
+    if (LLMPAR__HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
     if (!bytes || args->outs < 1) return LLMPAR_OK;
     sum.in = args->in;
     sum.n = args->n;
@@ -51,26 +50,26 @@ LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const 
 LLMPAR_DEF llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out)
 {
     *out = NULL;
-    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
+    if (LLMPAR__HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
     *out = llmpar_heap_alloc(heap, 1, bytes);
     return *out ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
 }
 
 LLMPAR_DEF void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes)
 {
-    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
+    if (LLMPAR__HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
     else llmpar_heap_free(heap, memory);
 }
 
 LLMPAR_DEF int llmpar_device_apart(const llmpar_device *device)
 {
-    return device->size >= offsetof(llmpar_device, apart) + sizeof device->apart && device->apart;
+    return LLMPAR__HAS(device, apart);
 }
 
 LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
 {
     llmpar_status status = LLMPAR_OK;
-    if (!stream || !LLMPAR__DEVICE_HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
+    if (!stream || !LLMPAR__HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
     if (order->device != device) {
         status = llmpar_order_wait(order);
         llmpar_order_destroy(order);
@@ -110,4 +109,3 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llm
     return device->cast(device, stream, &args);
 }
 
-#undef LLMPAR__DEVICE_HAS

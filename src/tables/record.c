@@ -7,8 +7,8 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
+#include "base/clock_internal.h"
 #include "base/json.h"
 #include "base/text_internal.h"
 
@@ -173,16 +173,11 @@ static void llmpar__record_lock(llmpar_record *record)
 }
 static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
 
-static uint64_t llmpar__record_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
+static uint64_t llmpar__record_now(void) { return llmpar__clock_ns(CLOCK_REALTIME); } /* the dumps of several machines are read together */
 
 LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
 {
-    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
+    llmpar_record *record = *out = LLMPAR__ZALLOC(llmpar_record, heap, 1);
     if (!record) return LLMPAR_ERR_MEMORY;
     record->heap = heap;
     record->rank = rank;
@@ -216,12 +211,12 @@ LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm
         }
         same_name++;
     }
-    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
+    int32_t *members = LLMPAR__ALLOC(int32_t, record->heap, n);
     llmpar__record_group *grown = NULL, *old = record->groups;
     int32_t capacity = record->group_capacity;
     if (members && record->group_count == capacity) {
         capacity = capacity ? 2 * capacity : 8;
-        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
+        grown = LLMPAR__ZALLOC(llmpar__record_group, record->heap, (size_t)capacity);
     }
     if (!members || (record->group_count == record->group_capacity && !grown)) {
         llmpar_heap_free(record->heap, members);
@@ -328,25 +323,26 @@ static const char *llmpar__record_torch_dtype(int32_t dtype)
     }
 }
 
-/* "tp"; the second communicator of that name with other members is "tp.1". */
-static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
+/* "tp", of which the axis is "tp"; the second communicator of that name with other members is "tp.1". As JSON. */
+static void llmpar__record_group_name(const llmpar__record_group *g, char name[320], char axis[160])
 {
-    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
-    else snprintf(text, capacity, "%s", g->axis);
+    char group[48];
+    if (g->same_name) snprintf(group, sizeof group, "%s.%d", g->axis, (int)g->same_name);
+    else snprintf(group, sizeof group, "%s", g->axis);
+    llmpar_json_escape(group, strlen(group), name, 320);
+    llmpar_json_escape(g->axis, strlen(g->axis), axis, 160);
 }
 
 static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
 {
     const llmpar_call *c = &e->call;
     const llmpar__record_group *g = &record->groups[e->group];
-    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
+    char name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
     uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
     if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
     if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
     if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
-    llmpar__record_group_name(group, sizeof group, g);
-    llmpar_json_escape(group, strlen(group), name, sizeof name);
-    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+    llmpar__record_group_name(g, name, axis);
     llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
     if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
     if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
@@ -367,15 +363,13 @@ static void llmpar__record_json_entry(const llmpar_record *record, const llmpar_
 LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
 {
     llmpar__text out = llmpar__text_begin(text, capacity);
-    char group[48], name[320], axis[160], where[320];
+    char name[320], axis[160], where[320];
     llmpar__record_lock(record);
     llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
     llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
     for (int32_t i = 0; i < record->group_count; i++) {
         const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_group_name(group, sizeof group, g);
-        llmpar_json_escape(group, strlen(group), name, sizeof name);
-        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+        llmpar__record_group_name(g, name, axis);
         llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
         for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
         llmpar__text_put(&out, "]\"}");

@@ -4,8 +4,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
+#include "base/clock_internal.h"
 #include "base/json.h"
 #include "tables/tables_internal.h"
 
@@ -40,23 +40,16 @@ struct llmpar_trace {
     char text[LLMPAR__TRACE_TEXT];   /* of write */
 };
 
-static uint64_t llmpar__trace_clock(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t llmpar__trace_now(void) { return llmpar__trace_clock(CLOCK_MONOTONIC); } /* one for all processes of a machine */
+static uint64_t llmpar__trace_now(void) { return llmpar__clock_ns(CLOCK_MONOTONIC); } /* one for all processes of a machine */
 
 LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out)
 {
-    llmpar_trace *trace = *out = (llmpar_trace *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *trace);
+    llmpar_trace *trace = *out = LLMPAR__ZALLOC(llmpar_trace, &ctx->heap, 1);
     if (!trace) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trace: out of memory");
     trace->ctx = ctx;
     trace->limit = limit ? limit : 262144;
     trace->created_ns = llmpar__trace_now();
-    trace->clock_ns = (int64_t)(llmpar__trace_clock(CLOCK_REALTIME) - trace->created_ns);
+    trace->clock_ns = (int64_t)(llmpar__clock_ns(CLOCK_REALTIME) - trace->created_ns);
     return LLMPAR_OK;
 }
 
@@ -71,13 +64,7 @@ LLMPAR_DEF void llmpar_trace_destroy(llmpar_trace *trace)
     llmpar_heap_free(&trace->ctx->heap, trace);
 }
 
-static void llmpar__trace_copy(char *out, size_t capacity, const char *text)
-{
-    size_t length = text ? strlen(text) : 0;
-    if (length >= capacity) length = capacity - 1;
-    if (length) memcpy(out, text, length);
-    out[length] = 0;
-}
+static void llmpar__trace_copy(char *out, size_t capacity, const char *text) { snprintf(out, capacity, "%s", text ? text : ""); }
 
 LLMPAR_DEF void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name)
 {
@@ -89,7 +76,7 @@ static llmpar__trace_event *llmpar__trace_add(llmpar_trace *trace)
 {
     uint64_t at = trace->count % LLMPAR__TRACE_BLOCK;
     if (trace->count < trace->limit && at == 0) {
-        llmpar__trace_block *block = (llmpar__trace_block *)llmpar_heap_zalloc(&trace->ctx->heap, 1, sizeof *block);
+        llmpar__trace_block *block = LLMPAR__ZALLOC(llmpar__trace_block, &trace->ctx->heap, 1);
         if (!block) trace->limit = trace->count;
         else if (trace->last) trace->last->next = block;
         else trace->first = block;
@@ -280,7 +267,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
     out.world = world;
     out.sink = sink;
     out.user = user;
-    int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
+    int64_t *all = LLMPAR__ZALLOC(int64_t, &trace->ctx->heap, 2 * (size_t)world->ranks);
     if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
     llmpar__trace_agree(&out, all);
     llmpar_heap_free(&trace->ctx->heap, all);

@@ -170,7 +170,7 @@ LLMPAR_DEF size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_k
 /* One piece a leaf: rows [i*rows/leaves, (i+1)*rows/leaves). The list lives on the rank's heap since leaves have no cap. */
 static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_t leaves, const void *dy, int64_t lddy, const void *x, int64_t ldx, llmpar_dtype dtype, llmpar_gemm_args *args)
 {
-    llmpar_gemm_segment *segments = (llmpar_gemm_segment *)llmpar_heap_zalloc(&tp->ctx->heap, (size_t)leaves, sizeof *segments);
+    llmpar_gemm_segment *segments = LLMPAR__ZALLOC(llmpar_gemm_segment, &tp->ctx->heap, (size_t)leaves);
     if (!segments) return llmpar_fail(tp->ctx, LLMPAR_ERR_MEMORY, "tp: no memory for %lld gemm segments", (long long)leaves);
     size_t size = llmpar_dtype_size(dtype);
     int64_t each = rows / leaves;
