@@ -273,6 +273,9 @@ LLMPAR_API void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allo
 LLMPAR_API void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size);
 /* The same, zeroed. */
 LLMPAR_API void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size);
+/* So many of a type. */
+#define LLMPAR__ALLOC(type, heap, count) ((type *)llmpar_heap_alloc(heap, count, sizeof(type)))
+#define LLMPAR__ZALLOC(type, heap, count) ((type *)llmpar_heap_zalloc(heap, count, sizeof(type)))
 /* A copy of a zero-terminated string, or NULL. */
 LLMPAR_API char *llmpar_heap_strdup(llmpar_heap *heap, const char *text);
 LLMPAR_API void llmpar_heap_free(llmpar_heap *heap, void *memory);
@@ -7950,8 +7953,10 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 /* clock_internal: a clock that nobody sets, and waiting by it. Private. */
 
 #include <pthread.h>
+#include <time.h>
 
 LLMPAR__PRIVATE double llmpar__clock_seconds(void);
+LLMPAR__PRIVATE uint64_t llmpar__clock_ns(clockid_t clock);
 LLMPAR__PRIVATE int llmpar__clock_cond_init(pthread_cond_t *cond); /* one for llmpar__clock_cond_wait; 0: the system gives none */
 /* Under the lock: until `cond` is signalled, or for so many seconds, or for nothing. */
 LLMPAR__PRIVATE void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds);
@@ -8620,14 +8625,14 @@ LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
 #undef LLMPAR__STREAM_NOBODY
 
 /* ==== src/base/clock.c ==== */
-#include <time.h>
-
-LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void)
+LLMPAR__PRIVATE_DEF uint64_t llmpar__clock_ns(clockid_t clock)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
+
+LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void) { return 1e-9 * (double)llmpar__clock_ns(CLOCK_MONOTONIC); }
 
 LLMPAR__PRIVATE_DEF int llmpar__clock_cond_init(pthread_cond_t *cond)
 {
@@ -8671,6 +8676,12 @@ LLMPAR__PRIVATE_DEF void llmpar__clock_pause(void)
 /* ==== src/tables/tables_internal.h ==== */
 /* tables_internal: what callers of a device and of a communicator would write again and again. Private. */
 
+/* A table's slot is there, and not empty: one that lies beyond its size is not there. */
+#define LLMPAR__HAS(table, slot) ((table)->size >= (size_t)((const char *)(&(table)->slot + 1) - (const char *)(table)) && (table)->slot)
+
+static inline size_t llmpar__least(size_t a, size_t b) { return a < b ? a : b; }
+static inline int llmpar__dtype_floats(llmpar_dtype dtype) { return dtype >= LLMPAR_F32 && dtype <= LLMPAR_F16; }
+
 /* Waits for the stream in any case, which may still use what goes now or what the caller's stack holds. The first failure of the two. */
 LLMPAR__PRIVATE llmpar_status llmpar__device_done(llmpar_device *device, llmpar_stream *stream, llmpar_status status);
 LLMPAR__PRIVATE llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
@@ -8689,6 +8700,8 @@ static inline llmpar_status llmpar__device_reduce(llmpar_device *device, llmpar_
 
 /* Of one block; a sum, where it reduces. */
 LLMPAR__PRIVATE llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag);
+LLMPAR__PRIVATE int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes); /* two buffers; an empty one overlaps nothing */
+LLMPAR__PRIVATE llmpar_status llmpar__comm_thread_check(const llmpar_comm *comm, const llmpar_call *call); /* refused on the thread of a stream where the ranks have one thread */
 /* An all-gather, all-reduce or broadcast of values on the host, through memory of the device and a stream of its own: complete on return. A broadcast's other ranks have a `send` to read too. */
 LLMPAR__PRIVATE llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host);
 /* values[count] on the host become the largest of all ranks'. Collective. */
@@ -8707,10 +8720,9 @@ static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
                             comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
 }
 
-static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+LLMPAR__PRIVATE_DEF int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
 {
-    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
-    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
+    return a_bytes && b_bytes && (uintptr_t)a < (uintptr_t)b + b_bytes && (uintptr_t)b < (uintptr_t)a + a_bytes;
 }
 
 static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
@@ -8730,23 +8742,18 @@ static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream
 typedef struct llmpar__comm_mark {
     llmpar_record *record;
     uint64_t id;
+    int completed;
 } llmpar__comm_mark;
 
-static llmpar_status llmpar__comm_started(void *arg)
+static llmpar_status llmpar__comm_marked(void *arg)
 {
     const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_started(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-static llmpar_status llmpar__comm_completed(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_completed(mark->record, mark->id);
+    (mark->completed ? llmpar_record_completed : llmpar_record_started)(mark->record, mark->id);
     return LLMPAR_OK;
 }
 
 /* Is there a description of the call that the slot was asked for? */
-static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return LLMPAR__HAS(comm, call) ? comm->call : NULL; }
 
 LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
 {
@@ -8782,6 +8789,7 @@ static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpa
 {
     llmpar_call_describe(comm, op, call, out);
     mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
+    mark->completed = 0;
     mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
 }
 
@@ -8800,12 +8808,13 @@ static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *str
     llmpar_call described;
     llmpar__comm_mark mark;
     llmpar__comm_enter(comm, op, call, &described, &mark);
-    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
+    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_marked, &mark, sizeof mark) : LLMPAR_OK;
     if (st) return st;
     const llmpar_call *before = llmpar__comm_show(comm, &described);
     st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
     llmpar__comm_show(comm, before);
-    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
+    mark.completed = 1;
+    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_marked, &mark, sizeof mark);
     return st;
 }
 
@@ -8876,6 +8885,12 @@ LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stre
 LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
 LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
 LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_thread_check(const llmpar_comm *comm, const llmpar_call *call)
+{
+    llmpar_error *error = comm->one_thread ? llmpar_device_thread_error(comm->device, NULL) : NULL;
+    return error ? llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, comm->axis, comm->one_thread) : LLMPAR_OK;
+}
 
 LLMPAR__PRIVATE_DEF llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
 {
@@ -9168,16 +9183,11 @@ static void llmpar__record_lock(llmpar_record *record)
 }
 static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
 
-static uint64_t llmpar__record_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
+static uint64_t llmpar__record_now(void) { return llmpar__clock_ns(CLOCK_REALTIME); } /* the dumps of several machines are read together */
 
 LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
 {
-    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
+    llmpar_record *record = *out = LLMPAR__ZALLOC(llmpar_record, heap, 1);
     if (!record) return LLMPAR_ERR_MEMORY;
     record->heap = heap;
     record->rank = rank;
@@ -9211,12 +9221,12 @@ LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm
         }
         same_name++;
     }
-    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
+    int32_t *members = LLMPAR__ALLOC(int32_t, record->heap, n);
     llmpar__record_group *grown = NULL, *old = record->groups;
     int32_t capacity = record->group_capacity;
     if (members && record->group_count == capacity) {
         capacity = capacity ? 2 * capacity : 8;
-        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
+        grown = LLMPAR__ZALLOC(llmpar__record_group, record->heap, (size_t)capacity);
     }
     if (!members || (record->group_count == record->group_capacity && !grown)) {
         llmpar_heap_free(record->heap, members);
@@ -9323,25 +9333,26 @@ static const char *llmpar__record_torch_dtype(int32_t dtype)
     }
 }
 
-/* "tp"; the second communicator of that name with other members is "tp.1". */
-static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
+/* "tp", of which the axis is "tp"; the second communicator of that name with other members is "tp.1". As JSON. */
+static void llmpar__record_group_name(const llmpar__record_group *g, char name[320], char axis[160])
 {
-    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
-    else snprintf(text, capacity, "%s", g->axis);
+    char group[48];
+    if (g->same_name) snprintf(group, sizeof group, "%s.%d", g->axis, (int)g->same_name);
+    else snprintf(group, sizeof group, "%s", g->axis);
+    llmpar_json_escape(group, strlen(group), name, 320);
+    llmpar_json_escape(g->axis, strlen(g->axis), axis, 160);
 }
 
 static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
 {
     const llmpar_call *c = &e->call;
     const llmpar__record_group *g = &record->groups[e->group];
-    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
+    char name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
     uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
     if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
     if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
     if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
-    llmpar__record_group_name(group, sizeof group, g);
-    llmpar_json_escape(group, strlen(group), name, sizeof name);
-    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+    llmpar__record_group_name(g, name, axis);
     llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
     if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
     if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
@@ -9362,15 +9373,13 @@ static void llmpar__record_json_entry(const llmpar_record *record, const llmpar_
 LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
 {
     llmpar__text out = llmpar__text_begin(text, capacity);
-    char group[48], name[320], axis[160], where[320];
+    char name[320], axis[160], where[320];
     llmpar__record_lock(record);
     llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
     llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
     for (int32_t i = 0; i < record->group_count; i++) {
         const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_group_name(group, sizeof group, g);
-        llmpar_json_escape(group, strlen(group), name, sizeof name);
-        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+        llmpar__record_group_name(g, name, axis);
         llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
         for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
         llmpar__text_put(&out, "]\"}");
@@ -9550,15 +9559,15 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     if (!desc) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: no desc");
     if (desc->ranks < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: ranks = %d, expected at least 1", (int)desc->ranks);
     if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
-    llmpar_threads_world *world = (llmpar_threads_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    llmpar_threads_world *world = LLMPAR__ZALLOC(llmpar_threads_world, heap, 1);
     if (!world) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "threads: out of memory for %d ranks", (int)desc->ranks);
     world->heap = heap;
     world->desc = *desc;
     llmpar_error_clear(&world->failure);
     pthread_mutex_init(&world->lock, NULL);
     world->spins = desc->crowded ? 4 : LLMPAR__THREADS_SPINS;
-    world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
-    int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
+    world->rank = LLMPAR__ZALLOC(llmpar__threads_rank, heap, (size_t)desc->ranks);
+    int32_t *all = LLMPAR__ALLOC(int32_t, heap, (size_t)desc->ranks);
     if (world->rank)
         for (int32_t i = 0; i < desc->ranks; i++) llmpar__clock_cond_init(&world->rank[i].turn);
     llmpar__clock_cond_init(&world->ended);
@@ -9613,7 +9622,7 @@ LLMPAR__PRIVATE_DEF llmpar__threads_group *llmpar__threads_group_create(llmpar_t
 {
     pthread_mutex_lock(&world->lock);
     llmpar_heap *heap = world->heap;
-    llmpar__threads_group *group = (llmpar__threads_group *)llmpar_heap_zalloc(heap, 1, sizeof *group);
+    llmpar__threads_group *group = LLMPAR__ZALLOC(llmpar__threads_group, heap, 1);
     if (group) {
         group->world = world;
         group->ranks = group->references = ranks;
@@ -9623,9 +9632,9 @@ LLMPAR__PRIVATE_DEF llmpar__threads_group *llmpar__threads_group_create(llmpar_t
         world->groups = group;
         snprintf(group->axis, sizeof group->axis, "%.23s", axis);
         llmpar__clock_cond_init(&group->wake);
-        group->world_rank = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *group->world_rank);
-        group->arrived = (uint32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *group->arrived);
-        group->slots = (llmpar__threads_slot *)llmpar_heap_zalloc(heap, 2 * (size_t)ranks, sizeof *group->slots);
+        group->world_rank = LLMPAR__ALLOC(int32_t, heap, (size_t)ranks);
+        group->arrived = LLMPAR__ZALLOC(uint32_t, heap, (size_t)ranks);
+        group->slots = LLMPAR__ZALLOC(llmpar__threads_slot, heap, 2 * (size_t)ranks);
         if (group->world_rank && group->arrived && group->slots) {
             memcpy(group->world_rank, world_rank, (size_t)ranks * sizeof *world_rank);
         } else {
@@ -9981,12 +9990,10 @@ LLMPAR_DEF size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t 
 /* When the rank last gave a sign of life. Its record has the time of day: taken as an age. */
 static double llmpar__threads_seen(llmpar_threads_world *world, int32_t rank)
 {
-    struct timespec t;
     llmpar_position p;
-    clock_gettime(CLOCK_REALTIME, &t);
     llmpar__threads_position(world, rank, &p);
-    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__clock_seconds();
-    double seen = p.time_ns && age > 0 ? now - age : now;
+    int64_t age = (int64_t)(llmpar__clock_ns(CLOCK_REALTIME) - p.time_ns);
+    double seen = llmpar__clock_seconds() - (p.time_ns && age > 0 ? 1e-9 * (double)age : 0);
     return seen > world->rank[rank].seen ? seen : world->rank[rank].seen;
 }
 
@@ -10045,8 +10052,6 @@ typedef struct llmpar__threads_job {
     llmpar__threads_comm *tc;
     llmpar__threads_call call;
 } llmpar__threads_job;
-
-static size_t llmpar__threads_min(size_t a, size_t b) { return a < b ? a : b; }
 
 static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, const llmpar_call *a, const llmpar_call *b)
 {
@@ -10107,8 +10112,8 @@ static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, c
 static void llmpar__threads_share(const llmpar__threads_comm *tc, size_t total, size_t item, size_t *begin, size_t *end)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, grain = LLMPAR__THREADS_GRAIN / item, grains = (total + grain - 1) / grain;
-    *begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
-    *end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
+    *begin = llmpar__least(total, grains / n * r * grain + llmpar__least(r, grains % n) * grain);
+    *end = llmpar__least(total, grains / n * (r + 1) * grain + llmpar__least(r + 1, grains % n) * grain);
 }
 
 /* The data of rank i: in its slot, or where its send pointer says. */
@@ -10131,7 +10136,7 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
         return llmpar__threads_sum_to(tc, tc->inputs, (int32_t)n, tc->outputs, (int32_t)n, end - begin, (llmpar_dtype)call->what.dtype);
     }
     for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
-        size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
+        size_t count = llmpar__least(LLMPAR__THREADS_PIECE / item, end - at);
         char *mine = (char *)call->recv + at * item;
         for (size_t i = 0; i < n; i++) tc->inputs[i] = (const char *)slots[i].call.send + at * item;
         st = llmpar__threads_reduce(tc, call, count, mine);
@@ -10139,6 +10144,18 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
             if (i != r) st = llmpar__threads_copy(tc, (char *)slots[i].call.recv + at * item, mine, count * item);
     }
     return st;
+}
+
+/* `bytes` from here go to `offset` in everybody's output, mine first, wherever there is one and they do not stand there already. */
+static llmpar_status llmpar__threads_hand_out(llmpar__threads_comm *tc, const llmpar__threads_slot *slots, const void *from, size_t offset, size_t bytes)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    int32_t outs = 0;
+    for (size_t i = 0; i < n; i++) {
+        char *to = (char *)slots[(r + i) % n].call.recv;
+        if (to && to + offset != from) tc->outputs[outs++] = to + offset;
+    }
+    return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, bytes, LLMPAR_U8);
 }
 
 /* What this rank does between the barriers. part = bytes of one rank's part of one block. */
@@ -10160,15 +10177,7 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         }
         return st;
     case LLMPAR_CALL_ALL_GATHER:
-        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) {
-            const void *from = (const char *)call->send + b * part;
-            int32_t outs = 0;
-            for (size_t i = 0; i < n; i++) {
-                char *to = (char *)slots[(r + i) % n].call.recv + (b * n + r) * part;
-                if (to != from) tc->outputs[outs++] = to;
-            }
-            st = llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, part, LLMPAR_U8);
-        }
+        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) st = llmpar__threads_hand_out(tc, slots, (const char *)call->send + b * part, (b * n + r) * part, part);
         for (size_t k = 0; k < n && in_slot; k++) {
             size_t i = (r + k) % n;
             const char *from = (const char *)slots[i].payload;
@@ -10180,16 +10189,9 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         return st;
     case LLMPAR_CALL_BROADCAST:
         if (!in_slot) {
-            const llmpar__threads_call *root = &slots[call->what.root].call;
             size_t begin, end;
-            int32_t outs = 0;
             llmpar__threads_share(tc, part * call->what.blocks, 1, &begin, &end);
-            for (size_t i = 0; i < n; i++) {
-                char *to = (char *)slots[(r + i) % n].call.recv;
-                if (to && to != root->send) tc->outputs[outs++] = to + begin;
-            }
-            const void *from = (const char *)root->send + begin;
-            return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, end - begin, LLMPAR_U8);
+            return llmpar__threads_hand_out(tc, slots, (const char *)slots[call->what.root].call.send + begin, begin, end - begin);
         }
         if (!recv || recv == call->send) return LLMPAR_OK;
         return llmpar__threads_copy(tc, recv, slots[call->what.root].payload, part * call->what.blocks);
@@ -10223,7 +10225,7 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
     if (!channels) {
         pthread_mutex_lock(&tc->world->lock);
         channels = group->channels;
-        if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
+        if (!channels) channels = LLMPAR__ZALLOC(llmpar__threads_channel, tc->world->heap, n * n);
         __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&tc->world->lock);
         if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
@@ -10264,8 +10266,8 @@ static llmpar_status llmpar__threads_run(void *arg)
     llmpar__threads_job *job = (llmpar__threads_job *)arg;
     llmpar__threads_comm *tc = job->tc;
     llmpar__threads_call *call = &job->call;
-    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
-        return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, tc->comm.axis, tc->comm.one_thread));
+    llmpar_status st = llmpar__comm_thread_check(&tc->comm, &call->what);
+    if (st) return llmpar__threads_failed(tc, st);
     if (call->what.op == LLMPAR_CALL_SEND || call->what.op == LLMPAR_CALL_RECV) return llmpar__threads_point(tc, call);
     /* A barrier has count 0. */
     size_t bytes = call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype);
@@ -10273,7 +10275,7 @@ static llmpar_status llmpar__threads_run(void *arg)
     int in_slot = bytes <= LLMPAR__THREADS_INLINE;
     size_t payload = in_slot && !(call->what.op == LLMPAR_CALL_BROADCAST && call->what.root != tc->comm.rank) ? bytes : 0;
     llmpar__threads_slot *slots = NULL;
-    llmpar_status st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
+    st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
     if (st) return st;
     st = llmpar__threads_work(tc, call, slots, in_slot);
     if (!in_slot) llmpar__threads_barrier(tc, &call->what, 0); /* always: peers may still read my buffers, whatever became of my own work */
@@ -10317,9 +10319,9 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
 /* This rank's half of `group`. On failure the reference to the group is given back. */
 static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_record *record, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
-    llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
-    const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
-    void **outputs = (void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *outputs);
+    llmpar__threads_comm *tc = LLMPAR__ZALLOC(llmpar__threads_comm, heap, 1);
+    const void **inputs = LLMPAR__ALLOC(const void *, heap, (size_t)group->ranks);
+    void **outputs = LLMPAR__ALLOC(void *, heap, (size_t)group->ranks);
     if (tc) {
         tc->comm.axis = group->axis;
         tc->comm.ranks = group->ranks;
@@ -10360,9 +10362,8 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     *out = NULL;
-    llmpar__threads_call call;
+    LLMPAR__ZEROED(llmpar__threads_call, call);
     const llmpar_collective given = llmpar__comm_collective(NULL, NULL, 0, LLMPAR_DTYPE_DEFAULT, name);
-    memset(&call, 0, sizeof call);
     llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
     if (call.what.rank < 0) call.what.rank = tc->world_rank;
     int32_t mine[2] = {color, key}, theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
@@ -10383,7 +10384,7 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     }
     llmpar__threads_group *group = NULL;
     if (leader == comm->rank) {
-        int32_t *members = (int32_t *)llmpar_heap_alloc(tc->heap, (size_t)ranks, sizeof *members);
+        int32_t *members = LLMPAR__ALLOC(int32_t, tc->heap, (size_t)ranks);
         if (members) {
             for (int32_t i = 0; i < n; i++) {
                 int32_t place = 0, other[2];
@@ -10586,6 +10587,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_st
 #define LLMPAR__MPI_LAST_TAG 3    /* on data, above those of mpi_wait.c */
 #define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
 #define LLMPAR__MPI_ATTENTION 0.25
+#define LLMPAR__MPI_NO(status, ...) llmpar_error_set(error, status, "mpi: " __VA_ARGS__)
 
 static void llmpar__mpi_nap(double seconds)
 {
@@ -10606,16 +10608,21 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_error(llmpar_error *error, const c
 
 /* ---- notes ---- */
 
+static void llmpar__mpi_note_of(const llmpar_mpi_world *world, llmpar__mpi_note_kind kind, llmpar__mpi_note *out)
+{
+    out->kind = (int32_t)kind;
+    out->rank = world->rank;
+    llmpar_record_position(world->record, &out->position);
+    if (world->finished.sent && !world->aborted) out->position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    out->error = world->failure;
+}
+
 /* To all other ranks, once. */
 static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, llmpar__mpi_note_kind kind)
 {
     if (cast->sent) return;
     cast->sent = 1;
-    cast->note.kind = (int32_t)kind;
-    cast->note.rank = world->rank;
-    llmpar_record_position(world->record, &cast->note.position);
-    if (world->finished.sent && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
-    cast->note.error = world->failure;
+    llmpar__mpi_note_of(world, kind, &cast->note);
     for (int32_t k = 1; k < world->ranks; k++) {
         int32_t to = (world->rank + k) % world->ranks;
         if (MPI_Isend(&cast->note, (int)sizeof cast->note, MPI_BYTE, to, LLMPAR__MPI_NOTE_TAG, world->control, &cast->request[to])) cast->request[to] = MPI_REQUEST_NULL;
@@ -10698,11 +10705,7 @@ static void llmpar__mpi_beats(llmpar_mpi_world *world, double now)
         llmpar__mpi_beat *beat = &world->beat[i];
         int done = 1;
         if (beat->request != MPI_REQUEST_NULL && (MPI_Test(&beat->request, &done, MPI_STATUS_IGNORE) || !done)) continue; /* it does not take the last one either */
-        beat->note.kind = (int32_t)LLMPAR__MPI_BEAT;
-        beat->note.rank = world->rank;
-        llmpar_record_position(world->record, &beat->note.position);
-        if (world->finished.sent && !world->aborted) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
-        beat->note.error = world->failure;
+        llmpar__mpi_note_of(world, LLMPAR__MPI_BEAT, &beat->note);
         if (MPI_Isend(&beat->note, (int)sizeof beat->note, MPI_BYTE, beat->to, LLMPAR__MPI_NOTE_TAG, world->control, &beat->request)) beat->request = MPI_REQUEST_NULL;
     }
 }
@@ -10717,9 +10720,8 @@ static void llmpar__mpi_silence(llmpar_mpi_world *world, double attention)
         if (peer->silent < world->desc.silence) continue;
         peer->dead = 1;
         if (world->aborted) continue;
-        llmpar_error error;
+        LLMPAR__NO_ERROR(error);
         char where[320] = "never heard of";
-        llmpar_error_clear(&error);
         if (peer->position.state == LLMPAR_POSITION_INSIDE) llmpar_call_print(&peer->position.now, where, sizeof where);
         else if (peer->position.state != LLMPAR_POSITION_UNKNOWN) snprintf(where, sizeof where, "%s", peer->finished ? "returned" : "outside");
         llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "no sign of life from rank %d for %g s: killed, stopped or unreachable; it was last seen in: %s", (int)i, world->desc.silence, where);
@@ -10793,21 +10795,21 @@ typedef struct llmpar__mpi_hello {
 static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, int ranks, llmpar_error *error)
 {
     if (desc->comm_slice && (desc->comm_slice > (size_t)1 << 30 || desc->comm_slice < 8 * (size_t)ranks))
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB), or 8 bytes a rank to 1 GiB", (unsigned long long)desc->comm_slice);
-    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
-    if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
-    if (desc->direct < 0 || desc->direct > 256) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
+        return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "comm_slice = %llu bytes, expected 0 (16 MiB), or 8 bytes a rank to 1 GiB", (unsigned long long)desc->comm_slice);
+    if (!(desc->deadline >= 0)) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "deadline = %g seconds, expected 0 (none) or more", desc->deadline);
+    if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
+    if (desc->direct < 0 || desc->direct > 256) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
     if (!desc->comm_slice) desc->comm_slice = (size_t)16 << 20;
     if (desc->heartbeat == 0) desc->heartbeat = 0.5;
     if (desc->silence == 0) desc->silence = 5;
     if (!desc->direct) desc->direct = 16;
-    if (desc->silence < 3 * desc->heartbeat) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: silence = %g seconds, expected at least three heartbeats of %g", desc->silence, desc->heartbeat);
+    if (desc->silence < 3 * desc->heartbeat) return LLMPAR__MPI_NO(LLMPAR_ERR_ARGUMENT, "silence = %g seconds, expected at least three heartbeats of %g", desc->silence, desc->heartbeat);
     return LLMPAR_OK;
 }
 
 static MPI_Request *llmpar__mpi_requests(llmpar_heap *heap, size_t count)
 {
-    MPI_Request *request = (MPI_Request *)llmpar_heap_alloc(heap, count, sizeof *request);
+    MPI_Request *request = LLMPAR__ALLOC(MPI_Request, heap, count);
     for (size_t i = 0; request && i < count; i++) request[i] = MPI_REQUEST_NULL;
     return request;
 }
@@ -10821,16 +10823,16 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     for (int32_t k = 1; k < world->ranks; k *= 2) world->beats++;
     world->inboxes = world->desc.direct < world->ranks ? world->desc.direct : world->ranks;
     if (world->inboxes < 2) world->inboxes = 2;
-    world->peer = (llmpar__mpi_peer *)llmpar_heap_zalloc(world->heap, n, sizeof *world->peer);
-    world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
-    world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
+    world->peer = LLMPAR__ZALLOC(llmpar__mpi_peer, world->heap, n);
+    world->beat = LLMPAR__ZALLOC(llmpar__mpi_beat, world->heap, (size_t)world->beats);
+    world->inbox = LLMPAR__ZALLOC(llmpar__mpi_header, world->heap, (size_t)world->inboxes);
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
     world->casting = llmpar__mpi_requests(world->heap, 5 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
     world->bucket = (unsigned char *)malloc(world->bucket_bytes);
     if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->casting)
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
-    if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+        return LLMPAR__MPI_NO(LLMPAR_ERR_MEMORY, "out of memory for %d ranks", (int)world->ranks);
+    if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return LLMPAR__MPI_NO(LLMPAR_ERR_MEMORY, "out of memory for the record");
     world->asked.request = world->casting;
     world->failed.request = world->casting + n;
     world->finished.request = world->casting + 2 * n;
@@ -10846,7 +10848,7 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     }
     if (level < MPI_THREAD_SERIALIZED || world->desc.unattended || world->ranks == 1) return LLMPAR_OK;
     int failed = pthread_create(&world->helper, NULL, llmpar__mpi_help, world); /* it waits for the lock */
-    if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started: %s", strerror(failed));
+    if (failed) return LLMPAR__MPI_NO(LLMPAR_ERR_INTERNAL, "the helper thread could not be started: %s", strerror(failed));
     world->helping = 1;
     return LLMPAR_OK;
 }
@@ -10901,7 +10903,7 @@ static llmpar_status llmpar__mpi_agree(llmpar_mpi_world *world, int level, llmpa
     lowest = mine;
     code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, other, world->data);
     if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
-    llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "mpi: the ranks are described differently: rank 0: comm_slice %llu, direct %d; rank %d: comm_slice %llu, direct %d", (unsigned long long)first.comm_slice,
+    LLMPAR__MPI_NO(LLMPAR_ERR_MISMATCH, "the ranks are described differently: rank 0: comm_slice %llu, direct %d; rank %d: comm_slice %llu, direct %d", (unsigned long long)first.comm_slice,
                      (int)first.direct, (int)other, (unsigned long long)lowest.comm_slice, (int)lowest.direct);
     error->rank = other;
     return LLMPAR_ERR_MISMATCH;
@@ -10950,25 +10952,24 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
 {
     *out = NULL;
     int there = 0, over = 0, inter = 0, level = 0, main_thread = 1, rank = 0, ranks = 0;
-    llmpar_error unheard;
-    llmpar_error_clear(&unheard);
+    LLMPAR__NO_ERROR(unheard);
     if (!error) error = &unheard;
     MPI_Initialized(&there);
-    if (!there) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
+    if (!there) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
     MPI_Finalized(&over);
-    if (over) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is already finalised, and cannot be initialised again in this process");
+    if (over) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "MPI is already finalised, and cannot be initialised again in this process");
     MPI_Comm from = desc && desc->comm ? *(const MPI_Comm *)desc->comm : MPI_COMM_WORLD;
-    if (from == MPI_COMM_NULL) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is MPI_COMM_NULL");
+    if (from == MPI_COMM_NULL) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "the communicator is MPI_COMM_NULL");
     int code = MPI_Comm_test_inter(from, &inter);
-    if (!code && inter) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is an intercommunicator, expected an intracommunicator");
+    if (!code && inter) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "the communicator is an intercommunicator, expected an intracommunicator");
     MPI_Query_thread(&level);
     if (level < MPI_THREAD_SERIALIZED) MPI_Is_thread_main(&main_thread);
-    if (!main_thread) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: called on another thread than MPI was initialised on, and MPI provides less than MPI_THREAD_SERIALIZED");
+    if (!main_thread) return LLMPAR__MPI_NO(LLMPAR_ERR_CONFIG, "called on another thread than MPI was initialised on, and MPI provides less than MPI_THREAD_SERIALIZED");
     if (!code) code = MPI_Comm_rank(from, &rank);
     if (!code) code = MPI_Comm_size(from, &ranks);
     if (code) return llmpar__mpi_error(error, "MPI_Comm_size", code);
 
-    llmpar_mpi_world spare, *world = (llmpar_mpi_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    llmpar_mpi_world spare, *world = LLMPAR__ZALLOC(llmpar_mpi_world, heap, 1);
     int alone = !world; /* out of memory: takes part in the agreement all the same */
     if (alone) {
         world = &spare;
@@ -10994,7 +10995,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     pthread_mutex_init(&world->lock, NULL);
     llmpar__clock_cond_init(&world->wake);
     pthread_mutex_lock(&world->lock);
-    llmpar_status st = alone ? llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory") : llmpar__mpi_furnish(world, level, error);
+    llmpar_status st = alone ? LLMPAR__MPI_NO(LLMPAR_ERR_MEMORY, "out of memory") : llmpar__mpi_furnish(world, level, error);
     if (st && error->rank < 0) error->rank = world->rank;
     st = llmpar__mpi_agree(world, level, st, error);
     if (!st) llmpar__mpi_neighbours(world);
@@ -11103,9 +11104,8 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
         world->orderly = done;
         if (!done && !world->aborted) {
             int32_t late = 0;
-            llmpar_error error;
+            LLMPAR__NO_ERROR(error);
             while (late < world->ranks - 1 && (late == world->rank || (world->peer[late].bye && world->peer[late].flushed))) late++;
-            llmpar_error_clear(&error);
             llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "mpi: rank %d has not confirmed the end of the job within 10 s", (int)late);
             error.rank = late;
             llmpar__mpi_fail_locked(world, &error);
@@ -11143,6 +11143,7 @@ LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
 #undef LLMPAR__MPI_LAST_TAG
 #undef LLMPAR__MPI_LOOK
 #undef LLMPAR__MPI_ATTENTION
+#undef LLMPAR__MPI_NO
 
 #endif /* LLMPAR_USE_MPI */
 /* ==== src/comm/mpi_wait.c ==== */
@@ -11293,6 +11294,13 @@ static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call 
 
 /* ---- data ---- */
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
+{
+    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
+    tc->world->posted = 0;
+    return st;
+}
+
 /* Waits until at most `most` messages are under way. */
 static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *call, int32_t most)
 {
@@ -11322,27 +11330,16 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
         pthread_mutex_unlock(&world->lock);
         if (world->posted > most && !st) llmpar__mpi_pause(world, &wait);
     }
-    if (st) {
-        llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
-        world->posted = 0;
-    }
-    return st;
+    return st ? llmpar__mpi_abandon(tc, call, st) : LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call) { return llmpar__mpi_until(tc, call, 0); }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
-{
-    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
-    tc->world->posted = 0;
-    return st;
-}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
 {
     llmpar_mpi_world *world = tc->world;
     while (bytes) {
-        size_t now = bytes < world->desc.comm_slice ? bytes : world->desc.comm_slice;
+        size_t now = llmpar__least(bytes, world->desc.comm_slice);
         if (world->posted == LLMPAR__MPI_BATCH) {
             llmpar_status st = llmpar__mpi_until(tc, call, LLMPAR__MPI_BATCH - 1);
             if (st) return st;
@@ -11354,9 +11351,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
         pthread_mutex_unlock(&world->lock);
         if (code) {
             *request = MPI_REQUEST_NULL;
-            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
-            world->posted = 0;
-            return st;
+            return llmpar__mpi_abandon(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code));
         }
         world->from[world->posted++] = receives ? tc->member[peer] : -1;
         memory = (char *)memory + now;
@@ -11551,8 +11546,6 @@ typedef struct llmpar__mpi_slice {
     void *out;            /* this rank's part of the result */
 } llmpar__mpi_slice;
 
-static size_t llmpar__mpi_min(size_t a, size_t b) { return a < b ? a : b; }
-
 static size_t llmpar__mpi_part(const llmpar__mpi_slice *s, size_t j, size_t *count)
 {
     if (s->stride) {
@@ -11593,13 +11586,13 @@ static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call
     if (!scatter && call->op != LLMPAR_CALL_ALL_REDUCE) return LLMPAR_OK;
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, scatter);
     if (llmpar__mpi_is_small(tc, total * item * (scatter ? n : 1))) return LLMPAR_OK;
-    size_t room = scatter ? llmpar__mpi_min(step, (size_t)call->count) : (llmpar__mpi_min(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->halving.most_kept + (size_t)tc->halving.most_given) * room * item;
+    size_t room = scatter ? llmpar__least(step, (size_t)call->count) : (llmpar__least(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->halving.most_kept + (size_t)tc->halving.most_given) * room * item;
     if (world->scratch_bytes >= bytes) return LLMPAR_OK;
     llmpar_status st = llmpar_order_wait(&world->order);
     if (st) return st;
     llmpar_heap_free(world->heap, world->scratch);
     world->scratch_bytes = 0;
-    world->scratch = (char *)llmpar_heap_alloc(world->heap, bytes, 1);
+    world->scratch = LLMPAR__ALLOC(char, world->heap, bytes);
     if (!world->scratch) return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
     world->scratch_bytes = bytes;
     return LLMPAR_OK;
@@ -11687,7 +11680,7 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
         for (size_t b = 0; b < blocks && !st; b++) {
             char *in = recv + (b * n + from) * part, *out = (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part;
             for (size_t at = 0; at < part && !st; at += tc->world->desc.comm_slice) {
-                size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, part - at);
+                size_t now = llmpar__least(tc->world->desc.comm_slice, part - at);
                 st = llmpar__mpi_post(tc, call, 1, (int32_t)from, in + at, now);
                 if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, out + at, now);
             }
@@ -11700,16 +11693,12 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
 static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
     size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = llmpar__mpi_step(tc, item, 1);
-    llmpar__mpi_slice s;
+    llmpar__mpi_slice s = {NULL, part, 0, item, n, NULL};
     llmpar_status st = LLMPAR_OK;
-    memset(&s, 0, sizeof s);
-    s.item = item;
-    s.parts = n;
-    s.stride = part;
     for (size_t b = 0; b < call->blocks; b++)
         for (size_t at = 0; at < call->count && !st; at += step) {
             s.base = send + b * n * part + at * item;
-            s.count = llmpar__mpi_min(step, (size_t)call->count - at);
+            s.count = llmpar__least(step, (size_t)call->count - at);
             s.out = recv + b * part + at * item;
             st = llmpar__mpi_halve(tc, call, &s);
         }
@@ -11719,15 +11708,12 @@ static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, cons
 static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, 0);
-    llmpar__mpi_slice s;
+    llmpar__mpi_slice s = {NULL, 0, 0, item, n, NULL};
     llmpar_status st = LLMPAR_OK;
-    memset(&s, 0, sizeof s);
-    s.item = item;
-    s.parts = n;
     for (size_t at = 0; at < total && !st; at += step) {
         size_t mine, theirs;
         s.base = send + at * item;
-        s.count = llmpar__mpi_min(step, total - at);
+        s.count = llmpar__least(step, total - at);
         char *out = recv + at * item, *own = out + llmpar__mpi_part(&s, r, &mine);
         s.out = own;
         st = llmpar__mpi_halve(tc, call, &s);
@@ -11748,7 +11734,7 @@ static llmpar_status llmpar__mpi_broadcast_large(llmpar__mpi_comm *tc, const llm
     llmpar_status st = LLMPAR_OK;
     while (mask < n && !(v & mask)) mask *= 2;
     for (size_t at = 0; at < bytes && !st; at += tc->world->desc.comm_slice) {
-        size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, bytes - at);
+        size_t now = llmpar__least(tc->world->desc.comm_slice, bytes - at);
         if (v) {
             st = llmpar__mpi_post(tc, call, 1, (v - mask + call->root) % n, buffer + at, now);
             if (!st) st = llmpar__mpi_complete(tc, call);
@@ -11809,8 +11795,8 @@ static llmpar_status llmpar__mpi_run(void *arg)
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), part = (size_t)call->count * item, bytes = part * (size_t)call->blocks; /* a barrier has none */
     int sends = call->op == LLMPAR_CALL_SEND;
     llmpar_status st;
-    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
-        return llmpar__mpi_failed(tc, llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, tc->comm.one_thread));
+    st = llmpar__comm_thread_check(&tc->comm, call);
+    if (st) return llmpar__mpi_failed(tc, st);
     if (sends || call->op == LLMPAR_CALL_RECV) {
         int small = bytes <= LLMPAR__MPI_INLINE;
         st = llmpar__mpi_meet_one(tc, call, job->send, sends && small ? bytes : 0);
@@ -11823,8 +11809,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
-    if (st && tc->world->posted) return llmpar__mpi_abandon(tc, call, st); /* the device's */
-    if (st) return llmpar__mpi_failed(tc, st);                             /* the device's, or told already */
+    if (st) return tc->world->posted ? llmpar__mpi_abandon(tc, call, st) : llmpar__mpi_failed(tc, st); /* the device's; or told already */
     pthread_mutex_lock(&tc->world->lock);
     llmpar__mpi_seen(tc->world, tc->world->met, 1);
     tc->world->met = 0;
@@ -11870,20 +11855,20 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *member, int32_t ranks, int32_t rank, uint64_t context, const char *name, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     llmpar_heap *heap = world->heap;
-    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
+    llmpar__mpi_comm *tc = LLMPAR__ZALLOC(llmpar__mpi_comm, heap, 1);
     if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
     llmpar_comm *comm = &tc->comm;
     tc->world = world;
     world->comms++;
     tc->context = context;
-    tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
+    tc->member = LLMPAR__ALLOC(int32_t, heap, (size_t)ranks);
     comm->state = tc;
     if (!llmpar_halving_make(heap, ranks, rank, &tc->halving) || !tc->member) {
         llmpar__mpi_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
     }
     memcpy(tc->member, member, (size_t)ranks * sizeof *member);
-    memcpy(tc->axis, name, llmpar__mpi_min(strlen(name), sizeof tc->axis - 1));
+    memcpy(tc->axis, name, llmpar__least(strlen(name), sizeof tc->axis - 1));
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
     comm->rank = rank;
@@ -11947,8 +11932,8 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 {
     llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
     llmpar_heap *heap = tc->world->heap;
-    llmpar__mpi_place *place = (llmpar__mpi_place *)llmpar_heap_zalloc(heap, (size_t)comm->ranks, sizeof *place);
-    int32_t *member = (int32_t *)llmpar_heap_alloc(heap, (size_t)comm->ranks, sizeof *member);
+    llmpar__mpi_place *place = LLMPAR__ZALLOC(llmpar__mpi_place, heap, (size_t)comm->ranks);
+    int32_t *member = LLMPAR__ALLOC(int32_t, heap, (size_t)comm->ranks);
     *out = NULL;
     llmpar_status st = llmpar_order_wait(&tc->world->order);
     if (!st) st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
@@ -11961,7 +11946,7 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
 LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     *out = NULL;
-    int32_t *all = (int32_t *)llmpar_heap_alloc(world->heap, (size_t)world->ranks, sizeof *all);
+    int32_t *all = LLMPAR__ALLOC(int32_t, world->heap, (size_t)world->ranks);
     if (!all) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator world: out of memory for %d ranks", (int)world->ranks);
     for (int32_t i = 0; i < world->ranks; i++) all[i] = i;
     llmpar_status st = llmpar__mpi_make(world, all, world->ranks, world->rank, 0, "world", device, error, out);
@@ -13074,7 +13059,7 @@ LLMPAR_DEF void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size
 LLMPAR_DEF char *llmpar_heap_strdup(llmpar_heap *heap, const char *text)
 {
     size_t bytes = strlen(text) + 1;
-    char *copy = (char *)llmpar_heap_alloc(heap, bytes, 1);
+    char *copy = LLMPAR__ALLOC(char, heap, bytes);
     if (copy) memcpy(copy, text, bytes);
     return copy;
 }
@@ -13206,28 +13191,26 @@ LLMPAR__PRIVATE_DEF int llmpar__processors_stay_on(int32_t processor)
 /* ==== src/tables/device.c ==== */
 /* device: the optional slots with their fallbacks. */
 
-#define LLMPAR__DEVICE_HAS(device, slot) ((device)->size >= offsetof(llmpar_device, slot) + sizeof((device)->slot) && (device)->slot)
-
 LLMPAR_DEF llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream)
 {
-    if (LLMPAR__DEVICE_HAS(device, stream_thread)) return device->stream_thread(device, stream);
+    if (LLMPAR__HAS(device, stream_thread)) return device->stream_thread(device, stream);
     return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "device %s: its streams cannot have threads of their own", device->name);
 }
 
 LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own)
 {
-    llmpar_error *error = device && LLMPAR__DEVICE_HAS(device, thread_error) ? device->thread_error(device) : NULL;
+    llmpar_error *error = device && LLMPAR__HAS(device, thread_error) ? device->thread_error(device) : NULL;
     return error ? error : own;
 }
 
 LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
 {
-    return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
+    return LLMPAR__HAS(device, threads_running) ? device->threads_running(device) : 1;
 }
 
 LLMPAR_DEF int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
 {
-    return LLMPAR__DEVICE_HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
+    return LLMPAR__HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
 }
 
 LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
@@ -13235,7 +13218,7 @@ LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const 
     llmpar_tree_sum_args sum;
     size_t bytes = args->count * llmpar_dtype_size(args->dtype);
     llmpar_status status = LLMPAR_OK;
-    if (LLMPAR__DEVICE_HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
+    if (LLMPAR__HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
     if (!bytes || args->outs < 1) return LLMPAR_OK;
     sum.in = args->in;
     sum.n = args->n;
@@ -13253,26 +13236,26 @@ LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const 
 LLMPAR_DEF llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out)
 {
     *out = NULL;
-    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
+    if (LLMPAR__HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
     *out = llmpar_heap_alloc(heap, 1, bytes);
     return *out ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
 }
 
 LLMPAR_DEF void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes)
 {
-    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
+    if (LLMPAR__HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
     else llmpar_heap_free(heap, memory);
 }
 
 LLMPAR_DEF int llmpar_device_apart(const llmpar_device *device)
 {
-    return device->size >= offsetof(llmpar_device, apart) + sizeof device->apart && device->apart;
+    return LLMPAR__HAS(device, apart);
 }
 
 LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
 {
     llmpar_status status = LLMPAR_OK;
-    if (!stream || !LLMPAR__DEVICE_HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
+    if (!stream || !LLMPAR__HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
     if (order->device != device) {
         status = llmpar_order_wait(order);
         llmpar_order_destroy(order);
@@ -13312,7 +13295,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llm
     return device->cast(device, stream, &args);
 }
 
-#undef LLMPAR__DEVICE_HAS
 /* ==== src/tables/ctx.c ==== */
 /* ctx: failing with a text, and logging. */
 
@@ -13493,7 +13475,7 @@ static void llmpar__arena_add_idle(llmpar_arena *arena, llmpar__arena_block *blo
 LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out)
 {
     *out = NULL;
-    llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
+    llmpar_arena *arena = LLMPAR__ZALLOC(llmpar_arena, &ctx->heap, 1);
     if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: no memory for its tables");
     arena->ctx = ctx;
     arena->limit = limit;
@@ -13594,7 +13576,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t byte
     llmpar_ctx *ctx = arena->ctx;
     size_t alignment = ctx->device->alignment;
     if (LLMPAR__ARENA_CUT == 1 || arena->limit || arena->taken || !bytes || bytes > SIZE_MAX - alignment) return LLMPAR_OK;
-    llmpar__arena_block *block = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *block);
+    llmpar__arena_block *block = LLMPAR__ZALLOC(llmpar__arena_block, &ctx->heap, 1);
     if (!block) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: no host memory for a block's entry");
     int clean = ctx->error.status == LLMPAR_OK;
     llmpar_status status = llmpar__arena_take(arena, block, ((size_t)bytes + alignment - 1) & ~(alignment - 1));
@@ -13626,7 +13608,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
     block = *link;
     if (block && block->bytes > need && !llmpar__arena_in_piece(arena, block) && (arena->limit || (block->bytes - 1) / LLMPAR__ARENA_CUT >= need)) block = NULL;
     if (!block || block->bytes > need) {
-        rest = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *rest);
+        rest = LLMPAR__ZALLOC(llmpar__arena_block, &ctx->heap, 1);
         if (!rest) return llmpar__arena_full(arena, tag, need, label, "no host memory for the block's entry");
     }
     if (block) {
@@ -13744,23 +13726,16 @@ struct llmpar_trace {
     char text[LLMPAR__TRACE_TEXT];   /* of write */
 };
 
-static uint64_t llmpar__trace_clock(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t llmpar__trace_now(void) { return llmpar__trace_clock(CLOCK_MONOTONIC); } /* one for all processes of a machine */
+static uint64_t llmpar__trace_now(void) { return llmpar__clock_ns(CLOCK_MONOTONIC); } /* one for all processes of a machine */
 
 LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out)
 {
-    llmpar_trace *trace = *out = (llmpar_trace *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *trace);
+    llmpar_trace *trace = *out = LLMPAR__ZALLOC(llmpar_trace, &ctx->heap, 1);
     if (!trace) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trace: out of memory");
     trace->ctx = ctx;
     trace->limit = limit ? limit : 262144;
     trace->created_ns = llmpar__trace_now();
-    trace->clock_ns = (int64_t)(llmpar__trace_clock(CLOCK_REALTIME) - trace->created_ns);
+    trace->clock_ns = (int64_t)(llmpar__clock_ns(CLOCK_REALTIME) - trace->created_ns);
     return LLMPAR_OK;
 }
 
@@ -13775,13 +13750,7 @@ LLMPAR_DEF void llmpar_trace_destroy(llmpar_trace *trace)
     llmpar_heap_free(&trace->ctx->heap, trace);
 }
 
-static void llmpar__trace_copy(char *out, size_t capacity, const char *text)
-{
-    size_t length = text ? strlen(text) : 0;
-    if (length >= capacity) length = capacity - 1;
-    if (length) memcpy(out, text, length);
-    out[length] = 0;
-}
+static void llmpar__trace_copy(char *out, size_t capacity, const char *text) { snprintf(out, capacity, "%s", text ? text : ""); }
 
 LLMPAR_DEF void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name)
 {
@@ -13793,7 +13762,7 @@ static llmpar__trace_event *llmpar__trace_add(llmpar_trace *trace)
 {
     uint64_t at = trace->count % LLMPAR__TRACE_BLOCK;
     if (trace->count < trace->limit && at == 0) {
-        llmpar__trace_block *block = (llmpar__trace_block *)llmpar_heap_zalloc(&trace->ctx->heap, 1, sizeof *block);
+        llmpar__trace_block *block = LLMPAR__ZALLOC(llmpar__trace_block, &trace->ctx->heap, 1);
         if (!block) trace->limit = trace->count;
         else if (trace->last) trace->last->next = block;
         else trace->first = block;
@@ -13984,7 +13953,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
     out.world = world;
     out.sink = sink;
     out.user = user;
-    int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
+    int64_t *all = LLMPAR__ZALLOC(int64_t, &trace->ctx->heap, 2 * (size_t)world->ranks);
     if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
     llmpar__trace_agree(&out, all);
     llmpar_heap_free(&trace->ctx->heap, all);
@@ -14060,15 +14029,11 @@ typedef struct llmpar__json_parser {
 
 static int llmpar__json_expected(llmpar__json_parser *p, size_t position, const char *expected)
 {
-    if (position >= p->length) {
-        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got the end of the text", p->name, position, expected);
-    } else {
-        unsigned byte = (unsigned char)p->text[position];
-        if (byte > 0x20 && byte < 0x7F)
-            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got '%c'", p->name, position, expected, (int)byte);
-        else
-            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got byte 0x%02X", p->name, position, expected, byte);
-    }
+    char got[24] = "the end of the text";
+    unsigned byte = position < p->length ? (unsigned char)p->text[position] : 0;
+    if (byte > 0x20 && byte < 0x7F) snprintf(got, sizeof got, "'%c'", (int)byte);
+    else if (position < p->length) snprintf(got, sizeof got, "byte 0x%02X", byte);
+    llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got %s", p->name, position, expected, got);
     return 0;
 }
 
@@ -14112,21 +14077,10 @@ static size_t llmpar__json_utf8(const char *text, size_t length)
 
 static char *llmpar__json_put_utf8(char *out, uint32_t code)
 {
-    if (code < 0x80) {
-        *out++ = (char)code;
-    } else if (code < 0x800) {
-        *out++ = (char)(0xC0 | code >> 6);
-        *out++ = (char)(0x80 | (code & 0x3F));
-    } else if (code < 0x10000) {
-        *out++ = (char)(0xE0 | code >> 12);
-        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
-        *out++ = (char)(0x80 | (code & 0x3F));
-    } else {
-        *out++ = (char)(0xF0 | code >> 18);
-        *out++ = (char)(0x80 | (code >> 12 & 0x3F));
-        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
-        *out++ = (char)(0x80 | (code & 0x3F));
-    }
+    static const unsigned char lead[] = { 0, 0xC0, 0xE0, 0xF0 }; /* of a character with so many bytes behind the first, six bits each */
+    int behind = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    *out++ = (char)(lead[behind] | code >> 6 * behind);
+    while (behind-- > 0) *out++ = (char)(0x80 | (code >> 6 * behind & 0x3F));
     return out;
 }
 
@@ -14405,7 +14359,7 @@ static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *
     const llmpar_json **member, *duplicate = NULL, *node, *swap;
     size_t count = 0, i;
     if (object->length < 2) return 1;
-    member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
+    member = LLMPAR__ALLOC(const llmpar_json *, p->heap, object->length);
     if (!member) {
         llmpar_error_set(p->error, LLMPAR_ERR_MEMORY, "%s: no memory to check %zu member names", p->name, object->length);
         return 0;
@@ -14534,10 +14488,9 @@ static size_t llmpar__json_count(const char *text, size_t length)
 
 LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
 {
-    llmpar_error own; /* the status must be known where the caller wants no text */
+    LLMPAR__NO_ERROR(own); /* the status must be known where the caller wants no text */
     size_t bytes = 0;
     *out = NULL;
-    llmpar_error_clear(&own);
     LLMPAR__ZEROED(llmpar__json_parser, p);
     p.heap = heap;
     p.text = text;
@@ -14870,7 +14823,7 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
     llmpar_status status = llmpar_file_open(io, path, &file, error);
     if (status) return status;
     if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
-    if (!status) *text = (char *)llmpar_heap_alloc(heap, (size_t)file.bytes + 1, 1);
+    if (!status) *text = LLMPAR__ALLOC(char, heap, (size_t)file.bytes + 1);
     if (!status && !*text) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %llu bytes", path, (unsigned long long)file.bytes);
     if (!status) status = llmpar_file_read(&file, 0, *text, (size_t)file.bytes, error);
     llmpar_file_close(&file);
@@ -14889,33 +14842,18 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
 LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, llmpar_error *error)
 {
     struct stat s;
-    int fd, number;
+    llmpar_file file;
     memset(out, 0, sizeof *out);
-    LLMPAR__NEED(path, error);
-    /* O_NONBLOCK: a fifo without a writer is refused below instead of waited for; a regular file ignores it. */
-    fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return llmpar__file_error(error, path, "cannot open", errno);
-    if (fstat(fd, &s) != 0) {
-        number = errno;
-        close(fd);
-        return llmpar__file_error(error, path, "cannot stat", number);
-    }
-    if (!S_ISREG(s.st_mode)) {
-        close(fd);
-        return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got %s", path,
-                               S_ISDIR(s.st_mode) ? "a directory" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device or socket");
-    }
-    if (s.st_size == 0) {
-        close(fd);
-        out->data = llmpar__file_nothing;
-        return LLMPAR_OK;
-    }
-    void *base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    number = errno;
-    close(fd);
-    if (base == MAP_FAILED) return llmpar__file_error(error, path, "cannot map", number);
+    llmpar_status status = llmpar_file_open(NULL, path, &file, error);
+    if (status) return status;
+    int number = fstat(file.handle, &s) ? errno : 0; /* of what is open, whatever has its name by now */
+    void *base = NULL;
+    if (!number && s.st_size) base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, file.handle, 0);
+    if (base == MAP_FAILED) number = errno;
+    llmpar_file_close(&file);
+    if (number) return llmpar__file_error(error, path, "cannot map", number);
     out->base = base;
-    out->data = (const unsigned char *)base;
+    out->data = base ? (const unsigned char *)base : llmpar__file_nothing;
     out->bytes = (size_t)s.st_size;
     return LLMPAR_OK;
 }
@@ -14962,15 +14900,15 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     size_t length = strlen(path);
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
-    writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
+    writer = LLMPAR__ZALLOC(llmpar_writer, heap, 1);
     if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
     writer->heap = heap;
     writer->io = llmpar__file_io(io);
     writer->handle = -1;
     llmpar_xxh64_begin(&writer->sum);
     writer->path = llmpar_heap_strdup(heap, path);
-    writer->temporary = (char *)llmpar_heap_alloc(heap, length + sizeof ".tmp", 1);
-    writer->buffer = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__FILE_BUFFER, 1);
+    writer->temporary = LLMPAR__ALLOC(char, heap, length + sizeof ".tmp");
+    writer->buffer = LLMPAR__ALLOC(unsigned char, heap, LLMPAR__FILE_BUFFER);
     if (!writer->path || !writer->temporary || !writer->buffer) {
         llmpar__writer_destroy(writer);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer of %zu bytes", path, LLMPAR__FILE_BUFFER);
@@ -15350,8 +15288,8 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
         name_bytes += entry->key_length + 1; /* each byte stands in a header of at most 10^8 */
     }
     if (status) return status;
-    s->tensors = (llmpar_safetensor *)llmpar_heap_zalloc(s->heap, count, sizeof *s->tensors);
-    s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
+    s->tensors = LLMPAR__ZALLOC(llmpar_safetensor, s->heap, count);
+    s->names = LLMPAR__ALLOC(char, s->heap, name_bytes);
     if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
     for (const llmpar_json *entry = root->child; entry; entry = entry->next) {
         llmpar_safetensor *tensor = &s->tensors[s->file.count];
@@ -15433,7 +15371,7 @@ static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, si
 /* An empty file object with its path, or NULL. */
 static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, llmpar_error *error)
 {
-    llmpar__st_file *s = (llmpar__st_file *)llmpar_heap_zalloc(heap, 1, sizeof *s);
+    llmpar__st_file *s = LLMPAR__ZALLOC(llmpar__st_file, heap, 1);
     if (s) {
         s->heap = heap;
         s->file.state = s;
@@ -15448,10 +15386,9 @@ static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, l
 
 LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
 {
-    llmpar_heap *heap;
     if (!file) return;
     llmpar__st_file *s = (llmpar__st_file *)file->state;
-    heap = s->heap;
+    llmpar_heap *heap = s->heap;
     llmpar_file_close(&s->source);
     llmpar_heap_free(heap, s->tensors);
     llmpar_heap_free(heap, s->names);
@@ -15479,7 +15416,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
     llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
     if (!status && s->source.bytes >= 8) status = llmpar_file_read(&s->source, 0, first, 8, error);
     if (!status) status = llmpar__st_header_length(s, first, s->source.bytes, &length, error);
-    if (!status) header = (char *)llmpar_heap_alloc(heap, length, 1);
+    if (!status) header = LLMPAR__ALLOC(char, heap, length);
     if (!status && !header) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, length);
     if (!status) status = llmpar_file_read(&s->source, 8, header, length, error);
     if (!status) status = llmpar__st_parse(s, header, length, (size_t)s->source.bytes - 8 - length, error);
@@ -15564,8 +15501,8 @@ static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tens
     while (t->used % 8) llmpar__text_put(t, " ");
 }
 
-/* Everything the reader would refuse, before a file is created. *total: bytes of data. */
-static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
+/* Everything the reader would refuse, duplicate names too, before a file is created. *total: bytes of data. */
+static llmpar_status llmpar__st_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
     *total = 0;
     LLMPAR__NEED(path && (tensors || count < 1), error);
@@ -15586,14 +15523,8 @@ static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_saf
         if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || !llmpar_size_mul(bytes, (size_t)elements, &bytes) || !llmpar_size_add(*total, bytes, total))
             return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": its size, or that of the whole file, overflows", path, tensor->name);
     }
-    return LLMPAR_OK;
-}
-
-/* The reader refuses a duplicate name, so the writer must not make one. */
-static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
-{
     LLMPAR__NEED(heap, error);
-    llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
+    llmpar_safetensor *sorted = LLMPAR__ALLOC(llmpar_safetensor, heap, (size_t)count);
     llmpar_status status = LLMPAR_OK;
     if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
     if (count) memcpy(sorted, tensors, (size_t)count * sizeof *sorted);
@@ -15608,8 +15539,7 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
 {
     size_t total;
-    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
-    return status ? status : llmpar__st_check_names(heap, path, tensors, count, error);
+    return llmpar__st_check(heap, path, tensors, count, &total, error);
 }
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
@@ -15617,16 +15547,15 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
     unsigned char length[8];
     size_t total;
     *out = NULL;
-    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
-    if (!status) status = llmpar__st_check_names(heap, path, tensors, count, error);
+    llmpar_status status = llmpar__st_check(heap, path, tensors, count, &total, error);
     if (status) return status;
     llmpar__text header = llmpar__text_begin(NULL, 0);
     llmpar__st_put_header(&header, tensors, count);
     if (header.used > LLMPAR__ST_MAX_HEADER)
         return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
     size_t capacity = header.used + 1;
-    char *text = (char *)llmpar_heap_alloc(heap, capacity, 1);
-    llmpar_safetensors_writer *w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    char *text = LLMPAR__ALLOC(char, heap, capacity);
+    llmpar_safetensors_writer *w = LLMPAR__ZALLOC(llmpar_safetensors_writer, heap, 1);
     if (w) {
         w->heap = heap;
         w->expected = total;
@@ -15686,9 +15615,8 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_wri
 
 LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer)
 {
-    llmpar_heap *heap;
     if (!writer) return;
-    heap = writer->heap;
+    llmpar_heap *heap = writer->heap;
     llmpar_writer_abandon(writer->writer);
     llmpar_heap_free(heap, writer->path);
     llmpar_heap_free(heap, writer);
@@ -15769,7 +15697,7 @@ static size_t llmpar__sim_embedding_backward_workspace(llmpar_device *device, co
 
 LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out)
 {
-    llmpar__sim *sim = (llmpar__sim *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    llmpar__sim *sim = LLMPAR__ZALLOC(llmpar__sim, heap, 1);
     *out = NULL;
     if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for the device");
     llmpar_device *table = &sim->table;
@@ -15790,7 +15718,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_erro
     table->stream_destroy = llmpar__sim_stream_destroy;
     table->synchronize = llmpar__sim_synchronize;
     /* As the device can or not, so that a recipe is refused in the plan where it would be. */
-    if (of->size >= offsetof(llmpar_device, stream_thread) + sizeof of->stream_thread && of->stream_thread) table->stream_thread = llmpar__sim_stream_thread;
+    if (LLMPAR__HAS(of, stream_thread)) table->stream_thread = llmpar__sim_stream_thread;
     table->apart = llmpar_device_apart(of);
     table->event_create = llmpar__sim_event_create;
     table->event_destroy = llmpar__sim_event_destroy;
@@ -15852,7 +15780,7 @@ static llmpar_status llmpar__sim_split(llmpar_comm *comm, int32_t color, int32_t
 
 LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out)
 {
-    llmpar__sim_comm *sim = (llmpar__sim_comm *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    llmpar__sim_comm *sim = LLMPAR__ZALLOC(llmpar__sim_comm, heap, 1);
     *out = NULL;
     if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for communicator %s", of->axis);
     llmpar_comm *comm = &sim->comm;
@@ -15866,7 +15794,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
     comm->axis = of->axis;
     comm->device = device;
     comm->error = error;
-    comm->one_thread = of->size >= offsetof(llmpar_comm, one_thread) + sizeof of->one_thread ? of->one_thread : NULL;
+    comm->one_thread = LLMPAR__HAS(of, one_thread) ? of->one_thread : NULL;
     comm->state = sim;
     comm->split = llmpar__sim_split;
     comm->destroy = llmpar__sim_comm_destroy;
@@ -15903,6 +15831,9 @@ typedef struct llmpar__box { int64_t begin[LLMPAR_MAX_DIMS], end[LLMPAR_MAX_DIMS
 LLMPAR__PRIVATE int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dims, llmpar__box box[LLMPAR__BOXES]);
 /* The common boxes of two parts; returns how many, *volume = their elements together. Two parts that meet in the same boxes on two ranks list them in the same order. */
 LLMPAR__PRIVATE int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_local *b, int32_t dims, llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES], int64_t *volume);
+
+/* What this rank holds. */
+static inline void llmpar__mesh_local(const llmpar_mesh *mesh, const llmpar_dtensor *tensor, llmpar_local *out) { llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, out); }
 
 /* ---- src/mesh/mesh.c goes on ---- */
 #if defined(__linux__)
@@ -15973,14 +15904,13 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     *out = NULL;
     if (!given) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "mesh: no desc, expected degrees (0: 1)");
     llmpar_mesh_desc desc = *given;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status st = llmpar_mesh_desc_resolve(&desc, ctx->world, &error);
     if (st) return llmpar_fail(ctx, st, "%s", error.text);
     const llmpar_device *device = ctx->device; /* whoever brings an own one is told here, before anything is called */
     if (device->abi != LLMPAR_DEVICE_ABI || device->size < sizeof *device)
         return llmpar_fail(ctx, LLMPAR_ERR_ABI, "mesh: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", (unsigned)device->abi, (unsigned)device->size, LLMPAR_DEVICE_ABI, (unsigned long)sizeof *device);
-    llmpar_mesh *mesh = (llmpar_mesh *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *mesh);
+    llmpar_mesh *mesh = LLMPAR__ZALLOC(llmpar_mesh, &ctx->heap, 1);
     if (!mesh) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "mesh: out of memory");
     mesh->ctx = ctx;
     mesh->world = ctx->comm;
@@ -16225,9 +16155,8 @@ static void llmpar__dtensor_range(const llmpar_local *part, int32_t dims, int32_
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dims, llmpar__box box[LLMPAR__BOXES])
 {
-    llmpar__box none;
+    LLMPAR__ZEROED(llmpar__box, none);
     int32_t count = 0;
-    memset(&none, 0, sizeof none);
     llmpar__dtensor_range(part, dims, 0, part->flat_begin, part->flat_begin + part->flat_count, &none, box, &count);
     return count;
 }
@@ -16463,10 +16392,10 @@ LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpa
 /* A light color for a rank: hues by the golden angle, so that neighbours differ. */
 static unsigned llmpar__picture_color(int32_t rank)
 {
-    int32_t hue = (int32_t)(((int64_t)rank * 1375 + 2100) / 10 % 360), part = hue % 60, color[3];
+    int32_t hue = (int32_t)(((int64_t)rank * 1375 + 2100) / 10 % 360), part = hue % 60;
     const int32_t low = 178, high = 246, up = low + (high - low) * part / 60, down = high - (high - low) * part / 60;
     const int32_t table[6][3] = { { high, up, low }, { down, high, low }, { low, high, up }, { low, down, high }, { up, low, high }, { high, low, down } };
-    memcpy(color, table[hue / 60], sizeof color);
+    const int32_t *color = table[hue / 60];
     return (unsigned)color[0] << 16 | (unsigned)color[1] << 8 | (unsigned)color[2];
 }
 
@@ -17079,9 +17008,8 @@ static llmpar_status llmpar__redistribute_boxes(const llmpar_mesh *mesh, llmpar_
     int32_t boxes = llmpar__mesh_common(from, to, tensor->dims, box, &volume);
     llmpar_status st = LLMPAR_OK;
     for (int32_t i = 0; i < boxes && !st; i++) {
-        llmpar_local piece; /* the box as a part of its own */
+        LLMPAR__ZEROED(llmpar_local, piece); /* the box as a part of its own */
         int64_t elements = 1;
-        memset(&piece, 0, sizeof piece);
         for (int32_t d = 0; d < tensor->dims; d++) {
             piece.offset[d] = box[i].begin[d];
             piece.shape[d] = box[i].end[d] - box[i].begin[d];
@@ -17155,8 +17083,8 @@ static llmpar_status llmpar__redistribute_pairs(const llmpar_redistribute_plan *
     llmpar_comm *comm = mesh->comm[axis];
     llmpar_local held, needed, other;
     llmpar_status st = LLMPAR_OK;
-    llmpar_dtensor_local(&plan->from, mesh->degree, mesh->coordinate, &held);
-    llmpar_dtensor_local(&plan->to, mesh->degree, mesh->coordinate, &needed);
+    llmpar__mesh_local(mesh, &plan->from, &held);
+    llmpar__mesh_local(mesh, &plan->to, &needed);
     size_t count = (size_t)(held.flat_count / comm->ranks), bytes = count * llmpar_dtype_size(plan->from.dtype);
     char *received = scratch + bytes * (size_t)comm->ranks;
     if (!count) return LLMPAR_OK;
@@ -17359,8 +17287,8 @@ static llmpar_status llmpar__redistribute_step_run(const llmpar_redistribute_pla
     llmpar_local held, result;
     size_t blocks = 1, count = 0;
     llmpar__redistribute_before(plan, i, &before);
-    llmpar_dtensor_local(&before, mesh->degree, mesh->coordinate, &held);
-    llmpar_dtensor_local(&step->result, mesh->degree, mesh->coordinate, &result);
+    llmpar__mesh_local(mesh, &before, &held);
+    llmpar__mesh_local(mesh, &step->result, &result);
     switch (step->op) {
     case LLMPAR_REDISTRIBUTE_LOCAL: return llmpar__redistribute_boxes(mesh, stream, &plan->from, &held, in, &result, out, NULL);
     case LLMPAR_REDISTRIBUTE_BROADCAST: return llmpar__redistribute_broadcasts(&before, mesh, stream, in, staging, out);
@@ -17386,22 +17314,17 @@ static llmpar_status llmpar__redistribute_run(const llmpar_redistribute_plan *pl
     llmpar_local local;
     llmpar_status st = LLMPAR_OK;
     for (int32_t i = 0; i + 1 < plan->steps; i++) {
-        llmpar_dtensor_local(&plan->step[i].result, mesh->degree, mesh->coordinate, &local);
+        llmpar__mesh_local(mesh, &plan->step[i].result, &local);
         between += (size_t)local.flat_count * item;
     }
     for (int32_t i = 0; i < plan->steps && !st; i++) {
         int last = i + 1 == plan->steps;
-        llmpar_dtensor_local(&plan->step[i].result, mesh->degree, mesh->coordinate, &local);
+        llmpar__mesh_local(mesh, &plan->step[i].result, &local);
         st = llmpar__redistribute_step_run(plan, i, mesh, stream, in, scratch + between, last ? out : area);
         in = area;
         area += last ? 0 : (size_t)local.flat_count * item;
     }
     return st;
-}
-
-static int llmpar__redistribute_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
-{
-    return a_bytes && b_bytes && (uintptr_t)a < (uintptr_t)b + b_bytes && (uintptr_t)b < (uintptr_t)a + a_bytes;
 }
 
 LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *plan, const llmpar_mesh *mesh, llmpar_stream *stream, const void *in, void *scratch, void *out)
@@ -17415,15 +17338,15 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
     for (int a = 0; a < LLMPAR_MESH_AXES; a++)
         if (plan->degree[a] != mesh->degree[a])
             return llmpar_fail(mesh->ctx, LLMPAR_ERR_MESH, "%s: redistribute: the plan is for a mesh with %s = %d, expected this mesh's %d", name, llmpar_axis_name((llmpar_axis)a), (int)plan->degree[a], (int)mesh->degree[a]);
-    llmpar_dtensor_local(&plan->from, mesh->degree, mesh->coordinate, &held);
-    llmpar_dtensor_local(to, mesh->degree, mesh->coordinate, &needed);
+    llmpar__mesh_local(mesh, &plan->from, &held);
+    llmpar__mesh_local(mesh, to, &needed);
     size_t in_bytes = (size_t)held.flat_count * item, out_bytes = (size_t)needed.flat_count * item, scratch_bytes = (size_t)llmpar_redistribute_scratch(plan, mesh->coordinate) * item;
     if ((in_bytes && !in) || (out_bytes && !out) || (scratch_bytes && !scratch))
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: %s is NULL, expected room for %lu bytes", name, in_bytes && !in ? "in" : out_bytes && !out ? "out" : "scratch",
                            (unsigned long)(in_bytes && !in ? in_bytes : out_bytes && !out ? out_bytes : scratch_bytes));
     const char *source = in_bytes ? (const char *)in + (size_t)held.shard_begin * item : NULL;
     char *target = out_bytes ? (char *)out + (size_t)needed.shard_begin * item : NULL;
-    if (llmpar__redistribute_overlap(source, in_bytes, target, out_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, source, in_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, target, out_bytes))
+    if (llmpar__comm_overlap(source, in_bytes, target, out_bytes) || llmpar__comm_overlap(scratch, scratch_bytes, source, in_bytes) || llmpar__comm_overlap(scratch, scratch_bytes, target, out_bytes))
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: in, scratch and out overlap", name);
 
     char tag[64], before[64], after[64]; /* the barrier compares tags: the request as a number, and, as far as it fits, in words */
@@ -17482,8 +17405,7 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const
     const char *name = tensor->name ? tensor->name : "tensor";
     llmpar_redistribute_plan plan;
     llmpar_local part;
-    llmpar_error error;
-    llmpar_error_clear(&error);
+    LLMPAR__NO_ERROR(error);
     llmpar_status st = llmpar_dtensor_check(tensor, mesh->degree, &error);
     if (st) return llmpar_fail(mesh->ctx, st, "%s", error.text);
     for (int32_t i = 0; i < tensor->placements; i++) {
@@ -17503,7 +17425,7 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const
                                (long long)p->offset, (long long)p->unit_elements);
     }
     llmpar__redistribute_full_plan(tensor, mesh, &plan);
-    llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, &part);
+    llmpar__mesh_local(mesh, tensor, &part);
     return llmpar__redistribute_run(&plan, mesh, stream, (const char *)local + (size_t)part.shard_begin * llmpar_dtype_size(tensor->dtype), (char *)scratch, (char *)full);
 }
 
@@ -17511,7 +17433,7 @@ LLMPAR_DEF void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_me
 {
     llmpar_local part;
     size_t item = llmpar_dtype_size(tensor->dtype);
-    llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, &part);
+    llmpar__mesh_local(mesh, tensor, &part);
     char *out = (char *)local + (size_t)part.shard_begin * item;
     int64_t run = tensor->dims ? part.shape[tensor->dims - 1] : 1, at = part.flat_begin, end = part.flat_begin + part.flat_count;
     while (at < end) { /* a run of the rectangle's innermost dim at a time */
@@ -17694,7 +17616,7 @@ LLMPAR_DEF size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_k
 /* One piece a leaf: rows [i*rows/leaves, (i+1)*rows/leaves). The list lives on the rank's heap since leaves have no cap. */
 static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_t leaves, const void *dy, int64_t lddy, const void *x, int64_t ldx, llmpar_dtype dtype, llmpar_gemm_args *args)
 {
-    llmpar_gemm_segment *segments = (llmpar_gemm_segment *)llmpar_heap_zalloc(&tp->ctx->heap, (size_t)leaves, sizeof *segments);
+    llmpar_gemm_segment *segments = LLMPAR__ZALLOC(llmpar_gemm_segment, &tp->ctx->heap, (size_t)leaves);
     if (!segments) return llmpar_fail(tp->ctx, LLMPAR_ERR_MEMORY, "tp: no memory for %lld gemm segments", (long long)leaves);
     size_t size = llmpar_dtype_size(dtype);
     int64_t each = rows / leaves;
@@ -17809,13 +17731,12 @@ LLMPAR__PRIVATE void llmpar__store_destroy(llmpar__store *store); /* NULL is fin
 /* Room for `bytes` behind what the file holds, or zeroed host memory. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_place(llmpar__store *store, llmpar_tier tier, uint64_t bytes, llmpar__place *place);
 LLMPAR__PRIVATE void llmpar__store_drop(llmpar__store *store, llmpar__place *place); /* host memory is freed; the file's range only with a rewind */
-LLMPAR__PRIVATE uint64_t llmpar__store_end(const llmpar__store *store);
-LLMPAR__PRIVATE void llmpar__store_rewind(llmpar__store *store, uint64_t end); /* ranges behind `end` are no longer used */
+LLMPAR__PRIVATE void llmpar__store_rewind(llmpar__store *store); /* ranges behind those that are fixed are no longer used */
 /* The disk's blocks for everything placed so far: zeros where nothing was written. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_reserve(llmpar__store *store);
-/* Enqueue place->used bytes from or to device memory, always on the same stream. label is borrowed until they ran. */
-LLMPAR__PRIVATE llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label);
-LLMPAR__PRIVATE llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label);
+LLMPAR__PRIVATE llmpar_status llmpar__store_fix(llmpar__store *store); /* the same, and all that stays for good */
+/* Enqueues place->used bytes from (write) or to device memory, always on the same stream. label is borrowed until they ran. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label, int write);
 /* After a failed wait for the stream: makes the failure of a transfer the rank's error. The stream's thread does not touch that. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status);
 
@@ -17886,7 +17807,6 @@ struct llmpar_fsdp {
     int32_t optimizer_states;
     llmpar_tier tier[LLMPAR_STATE_COUNT];
     llmpar__store *store;             /* NULL: nothing is offloaded */
-    uint64_t store_fixed;             /* end of what has its place for good */
     uint64_t seed;
     llmpar__flat *units;
     int32_t unit_count;
@@ -17954,8 +17874,9 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, in
 /* account.c: what a unit needs for a micro-batch of this shape; does its RECOMPUTE leave its output out? */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_unit_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out);
 LLMPAR__PRIVATE int llmpar__fsdp_leaves_output(const llmpar_unit *unit);
-/* executor_unit.c: FORWARD, RECOMPUTE, BACKWARD. */
-LLMPAR__PRIVATE llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in);
+/* executor_unit.c: FORWARD and RECOMPUTE; BACKWARD. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in);
+LLMPAR__PRIVATE llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in);
 LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out);
 /* executor_shard.c: what happens to gradients, states and parameters. */
 LLMPAR__PRIVATE llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in);
@@ -18037,7 +17958,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
         llmpar_fsdp_dtensor(fsdp, index, i, &tensor);
         llmpar_status status = llmpar_dtensor_check(&tensor, fsdp->mesh->degree, &ctx->error);
         if (status) return status;
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        llmpar__mesh_local(fsdp->mesh, &tensor, &local);
         if (local.flat_count == 0) continue;
         llmpar_segment *segment = &flat->segments[flat->segment_count++];
         segment->param = i;
@@ -18056,7 +17977,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
 static char *llmpar__flat_label(llmpar_heap *heap, const char *unit, const char *what)
 {
     size_t bytes = strlen(unit) + strlen(what) + 2;
-    char *text = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    char *text = LLMPAR__ALLOC(char, heap, bytes);
     if (text) snprintf(text, bytes, "%s/%s", unit, what);
     return text;
 }
@@ -18076,13 +17997,13 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     for (size_t i = 0; i < n; i++)
         if (unit->params[i].dims < 0 || unit->params[i].dims > LLMPAR_MAX_DIMS) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SHAPE, "%s: %d dims, expected 0 .. %d", unit->params[i].name, (int)unit->params[i].dims, LLMPAR_MAX_DIMS);
     flat->unit.name = llmpar_heap_strdup(heap, unit->name);
-    llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
+    llmpar_param *params = LLMPAR__ZALLOC(llmpar_param, heap, n + 1);
     flat->unit.params = params;
-    flat->layout = (int64_t *)llmpar_heap_zalloc(heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP], sizeof(int64_t));
-    flat->count = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
-    flat->segments = (llmpar_segment *)llmpar_heap_zalloc(heap, n + 1, sizeof(llmpar_segment));
-    flat->params = (void **)llmpar_heap_zalloc(heap, n + 1, sizeof(void *));
-    flat->grads = (void **)llmpar_heap_zalloc(heap, 2 * n + 1, sizeof(void *));
+    flat->layout = LLMPAR__ZALLOC(int64_t, heap, (n + 1) * (size_t)fsdp->mesh->degree[LLMPAR_AXIS_TP]);
+    flat->count = LLMPAR__ZALLOC(int64_t, heap, n + 1);
+    flat->segments = LLMPAR__ZALLOC(llmpar_segment, heap, n + 1);
+    flat->params = LLMPAR__ZALLOC(void *, heap, n + 1);
+    flat->grads = LLMPAR__ZALLOC(void *, heap, 2 * n + 1);
     int missing = !flat->unit.name || !params || !flat->layout || !flat->count || !flat->segments || !flat->params || !flat->grads;
     for (int i = 0; i < LLMPAR__LABEL_COUNT && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
     for (size_t i = 0; i < n && !missing; i++) {
@@ -18113,7 +18034,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, v
         llmpar_dtensor tensor;
         llmpar_local local;
         llmpar_fsdp_dtensor(fsdp, index, segment->param, &tensor);
-        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        llmpar__mesh_local(fsdp->mesh, &tensor, &local);
         for (int64_t done = 0; done < segment->count && !status;) {
             int64_t run, count = segment->count - done;
             int64_t first = llmpar_dtensor_run(&tensor, &local, local.flat_begin + done, &run);
@@ -18164,19 +18085,18 @@ static llmpar_status llmpar__flat_memory(llmpar_fsdp *fsdp, int32_t index)
     return status;
 }
 
-/* Streams, each with a thread of its own where that was asked for; then no communicator serves two of them. */
-static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
+/* Streams, each with a thread of its own where that was asked for (file: something is offloaded to one); then no communicator serves two of them. */
+static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap, int file)
 {
     static const char *const names[] = {"compute", "gather", "reduce", "tp", "offload"};
     llmpar_device *device = fsdp->device;
     llmpar_status status = LLMPAR_OK;
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++) status = device->stream_create(device, names[s], &fsdp->stream[s]);
     const llmpar_comm *world = fsdp->mesh->world;
-    const char *alone = world->size >= offsetof(llmpar_comm, one_thread) + sizeof world->one_thread ? world->one_thread : NULL;
+    const char *alone = LLMPAR__HAS(world, one_thread) ? world->one_thread : NULL;
     if (!status && overlap && alone) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: overlap: %s, expected collectives that run on any thread", alone);
     /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
-    int threads = device->size >= offsetof(llmpar_device, stream_thread) + sizeof device->stream_thread && device->stream_thread, file = 0;
-    for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
+    int threads = LLMPAR__HAS(device, stream_thread);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
     if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++)
@@ -18198,7 +18118,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
     llmpar_status status = LLMPAR_OK;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
     if (fsdp->policy.offload) status = llmpar__store_create(ctx, desc->offload_dir, file, desc->count_only, &fsdp->store);
-    if (!status) status = llmpar__fsdp_streams(fsdp, desc->overlap);
+    if (!status) status = llmpar__fsdp_streams(fsdp, desc->overlap, file);
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_copy(fsdp, u, &units[u]);
     /* Names are keys of files and of the random numbers: twice the same would be a silent copy. */
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++)
@@ -18208,7 +18128,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
                     if (!strcmp(fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.params[j].name))
                         status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "parameter name %s stands in units %s and %s, expected once", fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.name, fsdp->units[u].unit.name);
     int32_t ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
-    fsdp->parts = (const void **)llmpar_heap_zalloc(&ctx->heap, (size_t)(ranks > fsdp->replicas ? ranks : fsdp->replicas), sizeof *fsdp->parts);
+    fsdp->parts = LLMPAR__ZALLOC(const void *, &ctx->heap, (size_t)(ranks > fsdp->replicas ? ranks : fsdp->replicas));
     if (!status && !fsdp->parts) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d ranks", (int)ranks);
     void *scalars = NULL;
     if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t), "loss and norm", &scalars);
@@ -18221,10 +18141,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
         if (llmpar_device_host_alloc(fsdp->device, &ctx->heap, (size_t)LLMPAR__CAST_PIECE * llmpar_dtype_size(fsdp->dtype), &fsdp->host_cast[i])) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for updated parameters on their way");
         if (!status) status = fsdp->device->event_create(fsdp->device, &fsdp->host_cast_event[i]);
     }
-    if (!status && fsdp->store) {
-        fsdp->store_fixed = llmpar__store_end(fsdp->store);
-        status = llmpar__store_reserve(fsdp->store);
-    }
+    if (!status && fsdp->store) status = llmpar__store_fix(fsdp->store);
     size_t bytes = (size_t)LLMPAR__FLAT_CHUNK * llmpar_dtype_size(fsdp->sum);
     void *staging = NULL;
     if (!status && !desc->count_only && llmpar_device_host_alloc(fsdp->device, &ctx->heap, bytes, &staging)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for initial values");
@@ -18240,7 +18157,7 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
     llmpar_policy *policy = &fsdp->policy;
     if (desc->zero < LLMPAR_ZERO_DEFAULT || desc->zero > LLMPAR_ZERO_3) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: zero = %d, expected LLMPAR_ZERO_0 .. LLMPAR_ZERO_3", (int)desc->zero);
     fsdp->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
-    if (fsdp->dtype != LLMPAR_F32 && fsdp->dtype != LLMPAR_F64 && fsdp->dtype != LLMPAR_BF16 && fsdp->dtype != LLMPAR_F16)
+    if (!llmpar__dtype_floats(fsdp->dtype))
         return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: dtype %s, expected f32, f64, bf16 or f16", llmpar_dtype_name(fsdp->dtype));
     fsdp->sum = llmpar_dtype_sum(fsdp->dtype);
     fsdp->reduce = desc->reduce_dtype == LLMPAR_DTYPE_DEFAULT ? fsdp->sum : desc->reduce_dtype;
@@ -18280,7 +18197,7 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
 static llmpar_status llmpar__fsdp_graphs(llmpar_fsdp *fsdp, const llmpar_unit *units, int32_t unit_count)
 {
     const llmpar_device *device = fsdp->device;
-    if (device->size < offsetof(llmpar_device, region_end) + sizeof device->region_end || !device->region_begin || !device->region_end)
+    if (!LLMPAR__HAS(device, region_end) || !device->region_begin)
         return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: graphs on device %s, which has none; expected a CUDA device in mode fast", device->name);
     for (int32_t u = 0; u < unit_count; u++)
         for (int32_t i = 0; i < units[u].forward_count + units[u].backward_count; i++) {
@@ -18297,7 +18214,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     *out = NULL;
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: no desc");
     if (unit_count < 1 || !units) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: %d units%s, expected at least 1", (int)unit_count, units ? "" : " at NULL");
-    llmpar_fsdp *fsdp = (llmpar_fsdp *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *fsdp);
+    llmpar_fsdp *fsdp = LLMPAR__ZALLOC(llmpar_fsdp, &ctx->heap, 1);
     if (!fsdp) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory");
     fsdp->ctx = ctx;
     fsdp->mesh = mesh;
@@ -18309,7 +18226,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     if (!status && desc->graphs) status = llmpar__fsdp_graphs(fsdp, units, unit_count);
     if (!status) {
         fsdp->unit_count = unit_count;
-        fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
+        fsdp->units = LLMPAR__ZALLOC(llmpar__flat, &ctx->heap, (size_t)unit_count);
         status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
     }
     if (!status) status = llmpar_arena_reserve(fsdp->arena, desc->memory_reserve);
@@ -18383,7 +18300,7 @@ struct llmpar__store {
     char *path;            /* the name it had */
     int count_only;
     int fd;                /* -1: no file */
-    uint64_t end;          /* of the ranges given out */
+    uint64_t end, fixed;   /* of the ranges given out; of those that stay for good */
     uint64_t reserved;     /* bytes that the disk has */
     void *staging;         /* [LLMPAR__STORE_CHUNK] */
     llmpar_error error;    /* of a transfer */
@@ -18393,7 +18310,7 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
 {
     llmpar_ctx *ctx = store->ctx;
     size_t bytes = strlen(directory) + 80;
-    store->path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    store->path = LLMPAR__ALLOC(char, &ctx->heap, bytes);
     llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__STORE_CHUNK, &store->staging);
     if (!store->path || status) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
     /* A name that somebody else's left-over or another process space with the same ids has is not ours: the next one. */
@@ -18410,7 +18327,7 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_create(llmpar_ctx *ctx, const char *directory, int file, int count_only, llmpar__store **out)
 {
     *out = NULL;
-    llmpar__store *store = (llmpar__store *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *store);
+    llmpar__store *store = LLMPAR__ZALLOC(llmpar__store, &ctx->heap, 1);
     if (!store) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: out of memory");
     store->ctx = ctx;
     store->fd = -1;
@@ -18454,8 +18371,7 @@ LLMPAR__PRIVATE_DEF void llmpar__store_drop(llmpar__store *store, llmpar__place 
     memset(place, 0, sizeof *place);
 }
 
-LLMPAR__PRIVATE_DEF uint64_t llmpar__store_end(const llmpar__store *store) { return store->end; }
-LLMPAR__PRIVATE_DEF void llmpar__store_rewind(llmpar__store *store, uint64_t end) { store->end = end; }
+LLMPAR__PRIVATE_DEF void llmpar__store_rewind(llmpar__store *store) { store->end = store->fixed; }
 
 /* Whole transfers in spite of short ones and signals; errno of the one that failed, -1: the file ended. */
 static int llmpar__store_move(int fd, char *memory, size_t bytes, uint64_t offset, int write)
@@ -18493,6 +18409,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_reserve(llmpar__store *store)
     return LLMPAR_OK;
 }
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_fix(llmpar__store *store)
+{
+    store->fixed = store->end;
+    return llmpar__store_reserve(store);
+}
+
 /* One chunk between the staging buffer and the file; runs in stream order. */
 typedef struct llmpar__store_job {
     llmpar__store *store;
@@ -18512,7 +18434,7 @@ static llmpar_status llmpar__store_chunk(void *arg)
                             number < 0 ? "the file ends before them" : strerror(number));
 }
 
-static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, char *memory, const char *label, int write)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label, int write)
 {
     llmpar_device *device = store->ctx->device;
     if (store->count_only) return LLMPAR_OK;
@@ -18521,20 +18443,11 @@ static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream 
     for (uint64_t at = 0; at < place->used && !status; at += LLMPAR__STORE_CHUNK) {
         const size_t bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
         const llmpar__store_job job = {store, label, place->offset + at, bytes, write};
-        if (write) status = device->copy(device, stream, store->staging, memory + at, bytes);
+        if (write) status = device->copy(device, stream, store->staging, (char *)memory + at, bytes);
         if (!status) status = device->host_call(device, stream, llmpar__store_chunk, &job, sizeof job);
-        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, bytes);
+        if (!write && !status) status = device->copy(device, stream, (char *)memory + at, store->staging, bytes);
     }
     return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label)
-{
-    return llmpar__store_transfer(store, stream, place, (char *)(uintptr_t)memory, label, 1);
-}
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label)
-{
-    return llmpar__store_transfer(store, stream, place, (char *)memory, label, 0);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status)
@@ -18636,13 +18549,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_s
 {
     if (*moved->memory) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "%s: fetched while it is on the device", moved->label);
     llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, moved->tag, (size_t)moved->place->used, moved->label, moved->memory);
-    return status ? status : llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
+    return status ? status : llmpar__store_transfer(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label, 0);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write)
 {
     if (!*moved->memory) return LLMPAR_OK;
-    llmpar_status status = write ? llmpar__store_write(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label) : LLMPAR_OK;
+    llmpar_status status = write ? llmpar__store_transfer(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label, 1) : LLMPAR_OK;
     llmpar_status freed = llmpar__fsdp_free(fsdp, stream, moved->memory);
     return status ? status : freed;
 }
@@ -18955,7 +18868,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__order_create(llmpar__order *order, llm
     order->host_update = policy->host_update;
     order->heap = heap;
     order->clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count + 1, sizeof *order->clock);
-    order->track = (llmpar__track *)llmpar_heap_alloc(heap, tracks, sizeof *order->track);
+    order->track = LLMPAR__ALLOC(llmpar__track, heap, tracks);
     if (!order->clock || !order->track) {
         llmpar__order_destroy(order);
         return LLMPAR_ERR_MEMORY;
@@ -19248,7 +19161,7 @@ static llmpar_instruction *llmpar__plan_emit(llmpar__plan *plan, llmpar_op op, i
     static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1, -1, -1}};
     if (schedule->count == schedule->capacity) {
         int32_t capacity = schedule->capacity * 2;
-        llmpar_instruction *list = (llmpar_instruction *)llmpar_heap_alloc(schedule->heap, (size_t)capacity, sizeof *list);
+        llmpar_instruction *list = LLMPAR__ALLOC(llmpar_instruction, schedule->heap, (size_t)capacity);
         if (!list) {
             plan->status = 1;
             schedule->count = 0; /* keep writing into the old list; the caller reports */
@@ -19707,13 +19620,13 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
     if (status) return status;
     LLMPAR__ZEROED(llmpar__plan, plan);
-    llmpar_schedule *schedule = (llmpar_schedule *)llmpar_heap_zalloc(heap, 1, sizeof *schedule);
+    llmpar_schedule *schedule = LLMPAR__ZALLOC(llmpar_schedule, heap, 1);
     if (!schedule) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: out of memory");
     schedule->heap = heap;
     schedule->units = unit_count;
     schedule->policy = resolved;
     schedule->capacity = 64;
-    schedule->list = (llmpar_instruction *)llmpar_heap_alloc(heap, (size_t)schedule->capacity, sizeof *schedule->list);
+    schedule->list = LLMPAR__ALLOC(llmpar_instruction, heap, (size_t)schedule->capacity);
     plan.schedule = schedule;
     plan.units = units;
     plan.first = resolved.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
@@ -19721,7 +19634,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     plan.steps = plan.steps_per_micro * resolved.micro_batches * (resolved.update == LLMPAR_UPDATE_TWO_PASSES && !resolved.forward_only ? 2 : 1);
     plan.last_param_free = plan.last_grad_free = plan.pending[0] = plan.pending[1] = -1;
     plan.flag = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)plan.steps, (size_t)unit_count);
-    int32_t *per_unit = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 5, sizeof(int32_t));
+    int32_t *per_unit = LLMPAR__ZALLOC(int32_t, heap, (size_t)unit_count * 5);
     plan.last_gather = per_unit;
     plan.uses_left = per_unit + unit_count;
     plan.update = per_unit + 2 * unit_count;
@@ -19863,7 +19776,7 @@ LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const l
 }
 /* ==== src/fsdp/validate.c ==== */
 /* A list is walked once, in list order, as one rank's memory would see it: what is gathered, fetched, stored, saved. That streams keep to that order is proved with vector clocks (schedule_order.c).
-   Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. */
+   Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. What looks at an instruction returns why it is wrong, NULL: it is not. */
 typedef struct llmpar__buffer {
     int32_t live, stored, writer, consumed, reduced, replica, normed;
     int64_t gradients;
@@ -19927,15 +19840,18 @@ static uint64_t llmpar__proof_expected(const llmpar__proof *proof, int32_t unit,
     return stack[0];
 }
 
-static llmpar_status llmpar__proof_complete(llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer, int32_t again)
+/* Over all data ranks. */
+static int llmpar__proof_reduced(const llmpar__proof *proof, const llmpar__buffer *buffer) { return buffer->reduced && (proof->policy.replicas < 2 || buffer->replica); }
+
+static const char *llmpar__proof_complete(llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer, int32_t again)
 {
     int uses = 1 + llmpar__proof_lent(proof, unit);
     uint64_t content = 0, order = llmpar__proof_expected(proof, unit, 0, again, &content);
     if (uses == 2) order = llmpar__proof_sum(order, llmpar__proof_expected(proof, unit, 1, again, &content));
-    if (buffer->gradients != (int64_t)uses * proof->policy.micro_batches || buffer->content != content) return llmpar__proof_fail(proof, "the gradient does not hold every micro-batch and use exactly once");
-    if (buffer->order != order) return llmpar__proof_fail(proof, "micro-batches were added in another order than the policy's");
-    if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "the gradient is not reduced over all data ranks");
-    return LLMPAR_OK;
+    if (buffer->gradients != (int64_t)uses * proof->policy.micro_batches || buffer->content != content) return "the gradient does not hold every micro-batch and use exactly once";
+    if (buffer->order != order) return "micro-batches were added in another order than the policy's";
+    if (!llmpar__proof_reduced(proof, buffer)) return "the gradient is not reduced over all data ranks";
+    return NULL;
 }
 
 static llmpar__buffer *llmpar__proof_buffer(llmpar__proof *proof, int32_t unit, int32_t use, int32_t local, int32_t slot) { return &proof->state[unit].buffer[use][local][slot]; }
@@ -19947,102 +19863,102 @@ static void llmpar__proof_write(llmpar__proof *proof, llmpar__buffer *buffer)
     buffer->writer = proof->at;
 }
 
-static llmpar_status llmpar__proof_read(llmpar__proof *proof, const llmpar__buffer *buffer)
+static const char *llmpar__proof_read(const llmpar__buffer *buffer)
 {
-    if (!buffer->live) return llmpar__proof_fail(proof, "reads a gradient buffer that nothing has written");
-    if (buffer->stored) return llmpar__proof_fail(proof, "reads a gradient that is in its store");
-    return LLMPAR_OK;
+    if (!buffer->live) return "reads a gradient buffer that nothing has written";
+    if (buffer->stored) return "reads a gradient that is in its store";
+    return NULL;
 }
 
 /* ---- operands ---- */
 
-static llmpar_status llmpar__proof_slots(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_slots(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int grads = (in->op == LLMPAR_OP_FETCH || in->op == LLMPAR_OP_STORE) && in->what == LLMPAR_STATE_GRADS, backward = in->op == LLMPAR_OP_BACKWARD;
-    if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return llmpar__proof_fail(proof, "no such gradient buffer");
-    if (in->op == LLMPAR_OP_SCALAR_REDUCE) return LLMPAR_OK;
-    if (backward && proof->policy.forward_only) return llmpar__proof_fail(proof, "backward in a forward-only schedule");
-    if (backward && in->slot >= 0 && proof->units[in->unit].frozen) return llmpar__proof_fail(proof, "writes the gradient of a frozen unit");
-    if (backward && in->from >= 0 && !llmpar__proof_borrows(proof, in->unit)) return llmpar__proof_fail(proof, "writes the gradient of a unit that it does not borrow, or that is frozen");
+    if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return "no such gradient buffer";
+    if (in->op == LLMPAR_OP_SCALAR_REDUCE) return NULL;
+    if (backward && proof->policy.forward_only) return "backward in a forward-only schedule";
+    if (backward && in->slot >= 0 && proof->units[in->unit].frozen) return "writes the gradient of a frozen unit";
+    if (backward && in->from >= 0 && !llmpar__proof_borrows(proof, in->unit)) return "writes the gradient of a unit that it does not borrow, or that is frozen";
     int needs_slot = grads || in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_ACCUMULATE || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM || (backward && !proof->units[in->unit].frozen);
     int needs_from = in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_ACCUMULATE || (backward && llmpar__proof_borrows(proof, in->unit));
-    return (needs_slot && in->slot < 0) || (needs_from && in->from < 0) ? llmpar__proof_fail(proof, "a gradient buffer is missing") : LLMPAR_OK;
+    return (needs_slot && in->slot < 0) || (needs_from && in->from < 0) ? "a gradient buffer is missing" : NULL;
 }
 
-static llmpar_status llmpar__proof_operands(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_operands(llmpar__proof *proof, const llmpar_instruction *in)
 {
-    if ((int)in->op < LLMPAR_OP_GATHER || (int)in->op > LLMPAR_OP_STORE) return llmpar__proof_fail(proof, "no such op");
+    if ((int)in->op < LLMPAR_OP_GATHER || (int)in->op > LLMPAR_OP_STORE) return "no such op";
     int runs = in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_RECOMPUTE || in->op == LLMPAR_OP_BACKWARD, moves = in->op == LLMPAR_OP_FETCH || in->op == LLMPAR_OP_STORE;
-    if ((int)in->stream < 0 || (int)in->stream >= LLMPAR_STREAM_COUNT) return llmpar__proof_fail(proof, "no such stream");
-    if (in->op != LLMPAR_OP_SCALAR_REDUCE && (in->unit < 0 || in->unit >= proof->unit_count)) return llmpar__proof_fail(proof, "no such unit");
-    if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return llmpar__proof_fail(proof, "use or local is neither 0 nor 1");
-    if (moves && ((int)in->what < 0 || (int)in->what >= LLMPAR_STATE_COUNT)) return llmpar__proof_fail(proof, "no such state");
-    if ((runs || (moves && in->what == LLMPAR_STATE_ACTIVATIONS)) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return llmpar__proof_fail(proof, "no such micro-batch");
-    if (runs && (in->again < 0 || in->again >= proof->passes)) return llmpar__proof_fail(proof, "no such pass over the step");
-    if (runs && in->stream != LLMPAR_STREAM_COMPUTE) return llmpar__proof_fail(proof, "is not on the compute stream, where units run");
+    if ((int)in->stream < 0 || (int)in->stream >= LLMPAR_STREAM_COUNT) return "no such stream";
+    if (in->op != LLMPAR_OP_SCALAR_REDUCE && (in->unit < 0 || in->unit >= proof->unit_count)) return "no such unit";
+    if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return "use or local is neither 0 nor 1";
+    if (moves && ((int)in->what < 0 || (int)in->what >= LLMPAR_STATE_COUNT)) return "no such state";
+    if ((runs || (moves && in->what == LLMPAR_STATE_ACTIVATIONS)) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return "no such micro-batch";
+    if (runs && (in->again < 0 || in->again >= proof->passes)) return "no such pass over the step";
+    if (runs && in->stream != LLMPAR_STREAM_COMPUTE) return "is not on the compute stream, where units run";
     int asks = in->op == LLMPAR_OP_OPTIM || in->op == LLMPAR_OP_CAST || (in->op == LLMPAR_OP_GATHER && llmpar_policy_whole_params(&proof->policy) && !llmpar_policy_whole_state(&proof->policy));
-    if (in->predicate != LLMPAR_ALWAYS && !(asks && in->predicate == LLMPAR_IF_FINITE)) return llmpar__proof_fail(proof, "has a predicate, which only OPTIM and what follows from it ask");
-    if (asks && in->predicate == LLMPAR_ALWAYS && proof->policy.update != LLMPAR_UPDATE_INSIDE) return llmpar__proof_fail(proof, "updates without asking whether the gradient is finite");
-    if (asks && in->predicate == LLMPAR_IF_FINITE && proof->policy.update == LLMPAR_UPDATE_INSIDE) return llmpar__proof_fail(proof, "asks whether gradients are finite before that is known");
-    if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return llmpar__proof_fail(proof, "more waits than an instruction holds");
+    if (in->predicate != LLMPAR_ALWAYS && !(asks && in->predicate == LLMPAR_IF_FINITE)) return "has a predicate, which only OPTIM and what follows from it ask";
+    if (asks && in->predicate == LLMPAR_ALWAYS && proof->policy.update != LLMPAR_UPDATE_INSIDE) return "updates without asking whether the gradient is finite";
+    if (asks && in->predicate == LLMPAR_IF_FINITE && proof->policy.update == LLMPAR_UPDATE_INSIDE) return "asks whether gradients are finite before that is known";
+    if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return "more waits than an instruction holds";
     for (int32_t w = 0; w < in->wait_count; w++)
-        if (in->waits[w] < 0 || in->waits[w] >= proof->at) return llmpar__proof_fail(proof, "waits for an instruction that does not come before it (streams would deadlock)");
+        if (in->waits[w] < 0 || in->waits[w] >= proof->at) return "waits for an instruction that does not come before it (streams would deadlock)";
     return llmpar__proof_slots(proof, in);
 }
 
 /* ---- units ---- */
 
-static llmpar_status llmpar__proof_params(llmpar__proof *proof, int32_t unit)
+static const char *llmpar__proof_params(llmpar__proof *proof, int32_t unit)
 {
     const llmpar__unit_state *state = &proof->state[unit];
-    if (!llmpar_policy_whole_params(&proof->policy) && state->gathered < 0) return llmpar__proof_fail(proof, "uses parameters that are not gathered");
-    return state->updated ? llmpar__proof_fail(proof, "uses parameters after their update") : LLMPAR_OK;
+    if (!llmpar_policy_whole_params(&proof->policy) && state->gathered < 0) return "uses parameters that are not gathered";
+    return state->updated ? "uses parameters after their update" : NULL;
 }
 
-static llmpar_status llmpar__proof_forward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+static const char *llmpar__proof_forward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int eval = proof->policy.forward_only || in->unit < proof->first;
-    if (in->pass != (eval ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD)) return llmpar__proof_fail(proof, "its pass does not fit the policy");
-    if (state->forwards != run) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-    if (in->unit > 0 && proof->state[in->unit - 1].forwards <= run) return llmpar__proof_fail(proof, "runs before the unit in front of it");
-    if (in->again && proof->scalar[1] < 0) return llmpar__proof_fail(proof, "begins the second pass before the norm of the first is known");
+    if (in->pass != (eval ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD)) return "its pass does not fit the policy";
+    if (state->forwards != run) return "micro-batches are not run once each, in order";
+    if (in->unit > 0 && proof->state[in->unit - 1].forwards <= run) return "runs before the unit in front of it";
+    if (in->again && proof->scalar[1] < 0) return "begins the second pass before the norm of the first is known";
     state->forwards++;
     if (eval) *saved = 0;
     else *saved |= proof->units[in->unit].recompute == LLMPAR_RECOMPUTE_FULL ? LLMPAR__HAS_RUN : LLMPAR__HAS_RUN | LLMPAR__HAS_SAVED;
     if (in->unit + 1 < proof->unit_count) saved[proof->policy.micro_batches] = LLMPAR__HAS_INPUT; /* of the next unit */
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_recompute(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+static const char *llmpar__proof_recompute(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
 {
     const llmpar__unit_state *state = &proof->state[in->unit];
-    if (in->pass != LLMPAR_PASS_RECOMPUTE) return llmpar__proof_fail(proof, "its pass does not fit the policy");
-    if (proof->units[in->unit].recompute != LLMPAR_RECOMPUTE_FULL || in->unit < proof->first) return llmpar__proof_fail(proof, "recomputes a unit that keeps what its backward needs");
-    if (state->forwards <= run || state->backwards > run) return llmpar__proof_fail(proof, "recomputes before the forward or after the backward");
-    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return llmpar__proof_fail(proof, "recomputes from an input that is in its store");
-    if (*saved & LLMPAR__HAS_SAVED) return llmpar__proof_fail(proof, "recomputes activations that are there already");
+    if (in->pass != LLMPAR_PASS_RECOMPUTE) return "its pass does not fit the policy";
+    if (proof->units[in->unit].recompute != LLMPAR_RECOMPUTE_FULL || in->unit < proof->first) return "recomputes a unit that keeps what its backward needs";
+    if (state->forwards <= run || state->backwards > run) return "recomputes before the forward or after the backward";
+    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return "recomputes from an input that is in its store";
+    if (*saved & LLMPAR__HAS_SAVED) return "recomputes activations that are there already";
     *saved |= LLMPAR__HAS_SAVED;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_backward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+static const char *llmpar__proof_backward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int32_t borrow = proof->units[in->unit].borrow - 1, last = in->unit + 1 == proof->unit_count;
     int whole = llmpar_policy_whole_grads(&proof->policy);
-    if (in->unit < proof->first) return llmpar__proof_fail(proof, "backward of a unit in front of everything that is trained");
-    if (state->backwards != run) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-    if ((last ? state->forwards : proof->state[in->unit + 1].backwards) <= run) return llmpar__proof_fail(proof, "runs before the unit behind it");
-    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return llmpar__proof_fail(proof, "uses activations that are in their store");
-    if (!(*saved & LLMPAR__HAS_SAVED)) return llmpar__proof_fail(proof, *saved & LLMPAR__IN_STORE ? "uses activations that are in their store" : "uses activations that were not recomputed");
+    if (in->unit < proof->first) return "backward of a unit in front of everything that is trained";
+    if (state->backwards != run) return "micro-batches are not run once each, in order";
+    if ((last ? state->forwards : proof->state[in->unit + 1].backwards) <= run) return "runs before the unit behind it";
+    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return "uses activations that are in their store";
+    if (!(*saved & LLMPAR__HAS_SAVED)) return *saved & LLMPAR__IN_STORE ? "uses activations that are in their store" : "uses activations that were not recomputed";
     for (int use = 0; use < 2; use++) {
         int32_t unit = use ? borrow : in->unit, slot = use ? in->from : in->slot;
         if (slot < 0) continue;
         llmpar__buffer *buffer = llmpar__proof_buffer(proof, unit, use, in->local, slot);
-        if (buffer->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
-        if (!in->local && !whole) return llmpar__proof_fail(proof, "writes whole gradients into a shard buffer");
-        if (in->local && whole) return llmpar__proof_fail(proof, "writes local gradients where they are reduced in place");
+        if (buffer->live) return "overwrites a gradient buffer that is still needed";
+        if (!in->local && !whole) return "writes whole gradients into a shard buffer";
+        if (in->local && whole) return "writes local gradients where they are reduced in place";
         llmpar__proof_write(proof, buffer);
         buffer->gradients = 1;
         buffer->content = buffer->order = llmpar__proof_token(unit, use, run);
@@ -20050,17 +19966,17 @@ static llmpar_status llmpar__proof_backward(llmpar__proof *proof, const llmpar_i
     }
     *saved = 0;
     state->backwards++;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_compute(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int32_t borrow = proof->units[in->unit].borrow - 1, run = in->again * proof->policy.micro_batches + in->micro_batch;
     unsigned char *saved = &proof->saved[(size_t)in->unit * (size_t)proof->policy.micro_batches + (size_t)in->micro_batch];
-    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
-    llmpar_status status = llmpar__proof_params(proof, in->unit);
-    if (!status && borrow >= 0) status = llmpar__proof_params(proof, borrow);
-    if (status) return status;
+    if (proof->scalar[0] < 0) return "runs before the token count is known";
+    const char *wrong = llmpar__proof_params(proof, in->unit);
+    if (!wrong && borrow >= 0) wrong = llmpar__proof_params(proof, borrow);
+    if (wrong) return wrong;
     if (in->op == LLMPAR_OP_FORWARD) return llmpar__proof_forward(proof, in, run, saved);
     return in->op == LLMPAR_OP_RECOMPUTE ? llmpar__proof_recompute(proof, in, run, saved) : llmpar__proof_backward(proof, in, run, saved);
 }
@@ -20070,210 +19986,210 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
 /* The sum over ranks is taken of single micro-batches, or (no_sync) of their whole local sum: anything else is another sum. */
 static int llmpar__proof_reducible(const llmpar__proof *proof, const llmpar__buffer *buffer) { return buffer->gradients == (proof->policy.no_sync ? proof->policy.micro_batches : 1); }
 
-static llmpar_status llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int in_place = llmpar_policy_whole_grads(&proof->policy);
     llmpar__buffer *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot), *from = in_place ? to : llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from);
-    if (llmpar_policy_whole_state(&proof->policy)) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
-    if (in_place && in->from != in->slot) return llmpar__proof_fail(proof, "reduces from another buffer where gradients are reduced in place");
-    llmpar_status status = llmpar__proof_read(proof, from);
-    if (status) return status;
-    if (from->consumed || from->reduced) return llmpar__proof_fail(proof, "reduces a gradient twice");
-    if (!in_place && to->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
-    if (!llmpar__proof_reducible(proof, from)) return llmpar__proof_fail(proof, "reduces another number of micro-batches at once than the policy says");
+    if (llmpar_policy_whole_state(&proof->policy)) return "reduces into shards where gradients are whole";
+    if (in_place && in->from != in->slot) return "reduces from another buffer where gradients are reduced in place";
+    const char *wrong = llmpar__proof_read(from);
+    if (wrong) return wrong;
+    if (from->consumed || from->reduced) return "reduces a gradient twice";
+    if (!in_place && to->live) return "overwrites a gradient buffer that is still needed";
+    if (!llmpar__proof_reducible(proof, from)) return "reduces another number of micro-batches at once than the policy says";
     from->consumed = !in_place;
     if (!in_place) llmpar__proof_write(proof, to);
     to->gradients = from->gradients;
     to->content = from->content;
     to->order = from->order;
     to->reduced = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_replica(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_replica(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    if (proof->policy.replicas < 2) return llmpar__proof_fail(proof, "sums over replicas where there are none");
-    llmpar_status status = llmpar__proof_read(proof, buffer);
-    if (status) return status;
-    if (buffer->replica) return llmpar__proof_fail(proof, "sums a gradient over replicas twice");
-    if (!buffer->reduced) return llmpar__proof_fail(proof, "sums over replicas before the gradient is reduced");
-    if (!llmpar__proof_reducible(proof, buffer)) return llmpar__proof_fail(proof, "reduces another number of micro-batches at once than the policy says");
+    if (proof->policy.replicas < 2) return "sums over replicas where there are none";
+    const char *wrong = llmpar__proof_read(buffer);
+    if (wrong) return wrong;
+    if (buffer->replica) return "sums a gradient over replicas twice";
+    if (!buffer->reduced) return "sums over replicas before the gradient is reduced";
+    if (!llmpar__proof_reducible(proof, buffer)) return "reduces another number of micro-batches at once than the policy says";
     buffer->replica = 1;
     buffer->writer = proof->at;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_accumulate(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_accumulate(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *to = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot), *from = llmpar__proof_buffer(proof, in->unit, in->from_use, in->local, in->from);
     uint64_t content = 0;
-    if (to == from) return llmpar__proof_fail(proof, "adds a gradient buffer to itself");
-    llmpar_status status = llmpar__proof_read(proof, to);
-    if (!status) status = llmpar__proof_read(proof, from);
-    if (status) return status;
-    if (to->consumed || from->consumed || to->normed || from->normed) return llmpar__proof_fail(proof, "adds to a gradient that was already reduced or measured");
-    if (to->reduced != from->reduced || to->replica != from->replica) return llmpar__proof_fail(proof, "adds gradients that are not at the same stage of reduction");
+    if (to == from) return "adds a gradient buffer to itself";
+    const char *wrong = llmpar__proof_read(to);
+    if (!wrong) wrong = llmpar__proof_read(from);
+    if (wrong) return wrong;
+    if (to->consumed || from->consumed || to->normed || from->normed) return "adds to a gradient that was already reduced or measured";
+    if (to->reduced != from->reduced || to->replica != from->replica) return "adds gradients that are not at the same stage of reduction";
     if (in->use != in->from_use) { /* g = own + borrowed, once, of what is complete */
         int32_t again = proof->state[in->unit].backwards > proof->policy.micro_batches;
         int complete = to->order == llmpar__proof_expected(proof, in->unit, 0, again, &content) && from->order == llmpar__proof_expected(proof, in->unit, 1, again, &content);
-        if (in->use || !complete || !to->reduced || (proof->policy.replicas > 1 && !to->replica)) return llmpar__proof_fail(proof, "adds the uses of a tied unit otherwise than own + borrowed, once, complete and reduced");
+        if (in->use || !complete || !llmpar__proof_reduced(proof, to)) return "adds the uses of a tied unit otherwise than own + borrowed, once, complete and reduced";
     }
     to->gradients += from->gradients;
     to->content += from->content;
     to->order = llmpar__proof_sum(to->order, from->order);
     to->writer = proof->at;
     from->live = 0;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_free(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_free(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     if (in->slot < 0 && in->what == LLMPAR_STATE_PARAMS) {
-        if (!llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) || proof->policy.master || !state->has_params) return llmpar__proof_fail(proof, "frees a shard that was not fetched");
-        if (state->dirty) return llmpar__proof_fail(proof, "frees a changed shard that is not stored");
+        if (!llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) || proof->policy.master || !state->has_params) return "frees a shard that was not fetched";
+        if (state->dirty) return "frees a changed shard that is not stored";
         state->has_params = 0;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (in->what != LLMPAR_STATE_OPTIMIZER) return llmpar__proof_fail(proof, "frees what is neither parameters nor a gradient");
+    if (in->what != LLMPAR_STATE_OPTIMIZER) return "frees what is neither parameters nor a gradient";
     if (in->slot < 0) {
-        if (state->gathered < 0) return llmpar__proof_fail(proof, "frees parameters that are not gathered");
+        if (state->gathered < 0) return "frees parameters that are not gathered";
         state->gathered = -1;
-        return LLMPAR_OK;
+        return NULL;
     }
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot);
-    if (!buffer->live) return llmpar__proof_fail(proof, "frees a gradient buffer that nothing has written");
-    if (buffer->stored) return llmpar__proof_fail(proof, "frees a gradient that is in its store");
-    if (in->local && !buffer->consumed) return llmpar__proof_fail(proof, "frees a gradient that was not reduced");
-    if (!in->local && (proof->policy.update != LLMPAR_UPDATE_TWO_PASSES || !buffer->normed)) return llmpar__proof_fail(proof, "frees a gradient that nothing was updated from (only a first pass may, after the norm)");
+    if (!buffer->live) return "frees a gradient buffer that nothing has written";
+    if (buffer->stored) return "frees a gradient that is in its store";
+    if (in->local && !buffer->consumed) return "frees a gradient that was not reduced";
+    if (!in->local && (proof->policy.update != LLMPAR_UPDATE_TWO_PASSES || !buffer->normed)) return "frees a gradient that nothing was updated from (only a first pass may, after the norm)";
     buffer->live = 0;
-    return LLMPAR_OK;
+    return NULL;
 }
 
 /* ---- updates ---- */
 
-static llmpar_status llmpar__proof_scalar(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_scalar(llmpar__proof *proof, const llmpar_instruction *in)
 {
     int pass = in->pass != 0;
-    if (in->pass < 0 || in->pass > 1) return llmpar__proof_fail(proof, "its pass does not fit the policy");
-    if (proof->scalar[pass] >= 0) return llmpar__proof_fail(proof, "runs twice");
-    if (pass && proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
+    if (in->pass < 0 || in->pass > 1) return "its pass does not fit the policy";
+    if (proof->scalar[pass] >= 0) return "runs twice";
+    if (pass && proof->scalar[0] < 0) return "runs before the token count is known";
     proof->scalar[pass] = proof->at;
     for (int32_t unit = 0; unit < proof->unit_count && pass; unit++) {
-        if (proof->state[unit].forwards < proof->policy.micro_batches) return llmpar__proof_fail(proof, "runs before the loss is complete");
-        if (!proof->policy.forward_only && !proof->units[unit].frozen && !proof->state[unit].normed) return llmpar__proof_fail(proof, "runs before every norm is known");
+        if (proof->state[unit].forwards < proof->policy.micro_batches) return "runs before the loss is complete";
+        if (!proof->policy.forward_only && !proof->units[unit].frozen && !proof->state[unit].normed) return "runs before every norm is known";
     }
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_norm(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_norm(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    llmpar_status status = llmpar__proof_read(proof, buffer);
-    if (!status && (buffer->normed || proof->state[in->unit].normed)) status = llmpar__proof_fail(proof, "measures a gradient twice");
-    if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, 0);
-    if (status) return status;
-    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
+    const char *wrong = llmpar__proof_read(buffer);
+    if (!wrong && (buffer->normed || proof->state[in->unit].normed)) wrong = "measures a gradient twice";
+    if (!wrong) wrong = llmpar__proof_complete(proof, in->unit, buffer, 0);
+    if (wrong) return wrong;
+    if (proof->scalar[0] < 0) return "runs before the token count is known";
     buffer->normed = proof->state[in->unit].normed = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_optim(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_optim(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
     int two = proof->policy.update == LLMPAR_UPDATE_TWO_PASSES, host = proof->policy.host_update;
-    llmpar_status status = LLMPAR_OK;
-    if (!host || !buffer->live) status = llmpar__proof_read(proof, buffer);
-    else if (!buffer->stored) status = llmpar__proof_fail(proof, "updates on the host from a gradient that is not in its store");
-    if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, two);
-    if (status) return status;
-    if ((!two && !buffer->normed) || (proof->policy.update != LLMPAR_UPDATE_INSIDE && proof->scalar[1] < 0)) return llmpar__proof_fail(proof, "updates before the norm is known");
-    if (state->gathered >= 0) return llmpar__proof_fail(proof, "updates parameters that are still gathered");
-    if (host && (state->has_state || state->has_params)) return llmpar__proof_fail(proof, "updates on the host what is on the device");
+    const char *wrong = NULL;
+    if (!host || !buffer->live) wrong = llmpar__proof_read(buffer);
+    else if (!buffer->stored) wrong = "updates on the host from a gradient that is not in its store";
+    if (!wrong) wrong = llmpar__proof_complete(proof, in->unit, buffer, two);
+    if (wrong) return wrong;
+    if ((!two && !buffer->normed) || (proof->policy.update != LLMPAR_UPDATE_INSIDE && proof->scalar[1] < 0)) return "updates before the norm is known";
+    if (state->gathered >= 0) return "updates parameters that are still gathered";
+    if (host && (state->has_state || state->has_params)) return "updates on the host what is on the device";
     if (host) {
         buffer->live = buffer->stored = 0;
         state->updated = 1;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_OPTIMIZER) && !state->has_state) return llmpar__proof_fail(proof, "updates with optimizer state that is in its store");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "updates parameters that are in their store");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_OPTIMIZER) && !state->has_state) return "updates with optimizer state that is in its store";
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return "updates parameters that are in their store";
     buffer->live = 0;
     state->updated = state->dirty = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_cast(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_cast(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
-    if (!proof->policy.master) return llmpar__proof_fail(proof, "casts parameters that have no master copy");
-    if (!state->updated) return llmpar__proof_fail(proof, "casts parameters before their update");
-    if (state->cast) return llmpar__proof_fail(proof, "casts parameters twice");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.host_update && !state->has_params) return llmpar__proof_fail(proof, "casts parameters that are in their store");
-    if (proof->policy.host_update && state->has_params) return llmpar__proof_fail(proof, "casts on the host what is on the device");
+    if (!proof->policy.master) return "casts parameters that have no master copy";
+    if (!state->updated) return "casts parameters before their update";
+    if (state->cast) return "casts parameters twice";
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.host_update && !state->has_params) return "casts parameters that are in their store";
+    if (proof->policy.host_update && state->has_params) return "casts on the host what is on the device";
     state->cast = 1;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_gather(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_gather(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
-    if (llmpar_policy_whole_state(&proof->policy)) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
+    if (llmpar_policy_whole_state(&proof->policy)) return "gathers parameters that are not sharded";
     if (llmpar_policy_whole_params(&proof->policy)) {
-        if (!state->updated || (proof->policy.master && !state->cast)) return llmpar__proof_fail(proof, "gathers whole parameters before their update is complete");
-        if (state->regathered) return llmpar__proof_fail(proof, "gathers updated parameters twice");
+        if (!state->updated || (proof->policy.master && !state->cast)) return "gathers whole parameters before their update is complete";
+        if (state->regathered) return "gathers updated parameters twice";
         state->regathered = 1;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (state->gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
-    if (state->updated) return llmpar__proof_fail(proof, "gathers parameters after their update");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.master && !state->has_params) return llmpar__proof_fail(proof, "gathers a shard that is in its store");
+    if (state->gathered >= 0) return "gathers parameters that are gathered already";
+    if (state->updated) return "gathers parameters after their update";
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.master && !state->has_params) return "gathers a shard that is in its store";
     state->gathered = proof->at;
-    return LLMPAR_OK;
+    return NULL;
 }
 
 /* ---- stores ---- */
 
-static llmpar_status llmpar__proof_move_activations(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_move_activations(llmpar__proof *proof, const llmpar_instruction *in)
 {
     unsigned char *saved = &proof->saved[(size_t)in->unit * (size_t)proof->policy.micro_batches + (size_t)in->micro_batch];
     int kept = (proof->units[in->unit].recompute == LLMPAR_RECOMPUTE_FULL ? 0 : LLMPAR__HAS_SAVED) | (in->unit > 0 ? LLMPAR__HAS_INPUT : 0);
     if (in->op == LLMPAR_OP_FETCH) {
-        if (!(*saved & LLMPAR__IN_STORE)) return llmpar__proof_fail(proof, "fetches what is not in its store");
+        if (!(*saved & LLMPAR__IN_STORE)) return "fetches what is not in its store";
         *saved = (unsigned char)(kept | LLMPAR__HAS_RUN);
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (in->unit + 1 == proof->unit_count) return llmpar__proof_fail(proof, "stores activations of the last unit, whose backward follows");
-    if (!kept || *saved != (kept | LLMPAR__HAS_RUN)) return llmpar__proof_fail(proof, "stores what is not on the device");
+    if (in->unit + 1 == proof->unit_count) return "stores activations of the last unit, whose backward follows";
+    if (!kept || *saved != (kept | LLMPAR__HAS_RUN)) return "stores what is not on the device";
     *saved = LLMPAR__IN_STORE;
-    return LLMPAR_OK;
+    return NULL;
 }
 
-static llmpar_status llmpar__proof_move(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_move(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int fetch = in->op == LLMPAR_OP_FETCH, frozen = proof->units[in->unit].frozen;
-    if (!llmpar__proof_offloads(proof, in->what)) return llmpar__proof_fail(proof, "moves what the policy keeps on the device");
+    if (!llmpar__proof_offloads(proof, in->what)) return "moves what the policy keeps on the device";
     if (in->what == LLMPAR_STATE_ACTIVATIONS) return llmpar__proof_move_activations(proof, in);
     if (in->what == LLMPAR_STATE_GRADS) {
         llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-        if (!buffer->live || buffer->stored != fetch) return llmpar__proof_fail(proof, fetch ? "fetches what is not in its store" : "stores what is not on the device");
-        if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "stores a gradient that is not reduced");
+        if (!buffer->live || buffer->stored != fetch) return fetch ? "fetches what is not in its store" : "stores what is not on the device";
+        if (!llmpar__proof_reduced(proof, buffer)) return "stores a gradient that is not reduced";
         buffer->stored = !fetch;
-        return LLMPAR_OK;
+        return NULL;
     }
-    if (frozen && (in->what == LLMPAR_STATE_OPTIMIZER || proof->policy.master)) return llmpar__proof_fail(proof, "moves what a frozen unit does not have");
+    if (frozen && (in->what == LLMPAR_STATE_OPTIMIZER || proof->policy.master)) return "moves what a frozen unit does not have";
     int32_t *has = in->what == LLMPAR_STATE_OPTIMIZER ? &state->has_state : &state->has_params;
-    if (*has == fetch) return llmpar__proof_fail(proof, fetch ? "fetches what is on the device already" : "stores what is not on the device");
+    if (*has == fetch) return fetch ? "fetches what is on the device already" : "stores what is not on the device";
     *has = fetch;
     if (in->what == LLMPAR_STATE_PARAMS) state->dirty = 0;
-    return LLMPAR_OK;
+    return NULL;
 }
 
 /* ---- the walk ---- */
 
-static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpar_instruction *in)
+static const char *llmpar__proof_instruction(llmpar__proof *proof, const llmpar_instruction *in)
 {
     switch (in->op) {
     case LLMPAR_OP_GATHER: return llmpar__proof_gather(proof, in);
@@ -20291,7 +20207,7 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
     case LLMPAR_OP_FETCH:
     case LLMPAR_OP_STORE: return llmpar__proof_move(proof, in);
     }
-    return llmpar__proof_fail(proof, "no such op");
+    return "no such op";
 }
 
 /* Why an instruction that another stream's instruction is not ordered before is wrong. */
@@ -20352,25 +20268,23 @@ static llmpar_status llmpar__proof_end(llmpar__proof *proof)
 
 static llmpar_status llmpar__proof_walk(llmpar__proof *proof, llmpar__order *order)
 {
-    llmpar_status status = LLMPAR_OK;
     llmpar__hazard hazard;
-    for (proof->at = 0; proof->at < proof->count && !status; proof->at++) {
+    for (proof->at = 0; proof->at < proof->count; proof->at++) {
         const llmpar_instruction *in = &proof->list[proof->at];
-        status = llmpar__proof_operands(proof, in);
-        if (status) break;
-        llmpar__order_begin(order, proof->at);
-        status = llmpar__proof_instruction(proof, in);
-        if (!status && llmpar__order_hazard(order, proof->at, &hazard)) status = llmpar__proof_fail(proof, llmpar__proof_hazard(in->op, &hazard));
+        const char *wrong = llmpar__proof_operands(proof, in);
+        if (!wrong) llmpar__order_begin(order, proof->at);
+        if (!wrong) wrong = llmpar__proof_instruction(proof, in);
+        if (!wrong && llmpar__order_hazard(order, proof->at, &hazard)) wrong = llmpar__proof_hazard(in->op, &hazard);
+        if (wrong) return llmpar__proof_fail(proof, wrong);
         llmpar__order_end(order, proof->at);
     }
-    return status ? status : llmpar__proof_end(proof);
+    return llmpar__proof_end(proof);
 }
 
 LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
 {
-    llmpar__proof proof;
     llmpar__order order;
-    memset(&proof, 0, sizeof proof);
+    LLMPAR__ZEROED(llmpar__proof, proof);
     proof.list = list;
     proof.count = count;
     proof.units = units;
@@ -20384,7 +20298,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     if (status) return status;
     proof.first = proof.policy.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
     proof.passes = proof.policy.update == LLMPAR_UPDATE_TWO_PASSES && !proof.policy.forward_only ? 2 : 1;
-    proof.state = (llmpar__unit_state *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof *proof.state);
+    proof.state = LLMPAR__ZALLOC(llmpar__unit_state, heap, (size_t)unit_count);
     proof.saved = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)unit_count, (size_t)proof.policy.micro_batches);
     status = proof.state && proof.saved ? llmpar__order_create(&order, heap, list, count, units, unit_count, &proof.policy) : LLMPAR_ERR_MEMORY;
     if (status) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);
@@ -20511,32 +20425,35 @@ static const struct { llmpar_tag tag; const char *name; } llmpar__account_names[
     {LLMPAR_TAG_GRADIENTS, "micro-batch counters"}, {LLMPAR_TAG_GRADIENTS, "second slot of a tied weight"}, {LLMPAR_TAG_GRADIENTS, "padding"}, {LLMPAR_TAG_OPTIMIZER, "optimizer"}, {LLMPAR_TAG_OPTIMIZER, "master parameters"}, {LLMPAR_TAG_OPTIMIZER, "padding"},
 };
 
-static void llmpar__account_add(llmpar__account *account, const llmpar__flat *flat, int whole, llmpar_dtype dtype, int line, int padding, int sign)
+/* A buffer of the unit, on its line and on its tag's last one, which is padding. sign: it comes (1) or goes (-1). */
+static void llmpar__account_add(llmpar__account *account, const llmpar__flat *flat, int whole, llmpar_dtype dtype, int line, int sign)
 {
+    int padding = line + 1;
+    while (padding + 1 < LLMPAR__ACCOUNT_LINES && llmpar__account_names[padding + 1].tag == llmpar__account_names[line].tag) padding++;
     uint64_t size = llmpar_dtype_size(dtype), alignment = account->fsdp->device->alignment, numbers = 0;
     uint64_t bytes = ((uint64_t)(whole ? flat->elements : flat->shard_elements) * size + alignment - 1) / alignment * alignment;
     for (int32_t i = 0; i < (whole ? flat->unit.param_count : flat->segment_count); i++) numbers += (uint64_t)(whole ? flat->count[i] : flat->segments[i].count) * size;
-    account->now[line] += sign > 0 ? numbers : 0 - numbers;
-    account->now[padding] += sign > 0 ? bytes - numbers : numbers - bytes;
+    account->now[line] += (uint64_t)sign * numbers; /* modulo 2^64: -1 takes away */
+    account->now[padding] += (uint64_t)sign * (bytes - numbers);
 }
 
 static void llmpar__account_gradient(llmpar__account *account, int32_t unit, int32_t use, int32_t local, int32_t slot, int sign)
 {
     const llmpar_fsdp *fsdp = account->fsdp;
     int line = local ? LLMPAR__ACCOUNT_LOCAL : use ? LLMPAR__ACCOUNT_TIED : slot ? LLMPAR__ACCOUNT_COUNTERS : LLMPAR__ACCOUNT_GRADIENTS;
-    llmpar__account_add(account, &fsdp->units[unit], local || fsdp->whole_grads, fsdp->sum, line, LLMPAR__ACCOUNT_GRADIENTS_PAD, sign);
+    llmpar__account_add(account, &fsdp->units[unit], local || fsdp->whole_grads, fsdp->sum, line, sign);
 }
 
 static void llmpar__account_optimizer(llmpar__account *account, const llmpar__flat *flat, int sign)
 {
-    for (int32_t i = 0; i < account->fsdp->optimizer_states && !flat->unit.frozen; i++) llmpar__account_add(account, flat, account->fsdp->whole_state, account->fsdp->sum, LLMPAR__ACCOUNT_OPTIMIZER, LLMPAR__ACCOUNT_OPTIMIZER_PAD, sign);
+    for (int32_t i = 0; i < account->fsdp->optimizer_states && !flat->unit.frozen; i++) llmpar__account_add(account, flat, account->fsdp->whole_state, account->fsdp->sum, LLMPAR__ACCOUNT_OPTIMIZER, sign);
 }
 
 static void llmpar__account_params(llmpar__account *account, const llmpar__flat *flat, int sign)
 {
     const llmpar_fsdp *fsdp = account->fsdp;
-    if (!fsdp->policy.master) llmpar__account_add(account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, LLMPAR__ACCOUNT_PARAMETERS_PAD, sign);
-    else if (!flat->unit.frozen) llmpar__account_add(account, flat, fsdp->whole_state, fsdp->sum, LLMPAR__ACCOUNT_MASTER, LLMPAR__ACCOUNT_OPTIMIZER_PAD, sign);
+    if (!fsdp->policy.master) llmpar__account_add(account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, sign);
+    else if (!flat->unit.frozen) llmpar__account_add(account, flat, fsdp->whole_state, fsdp->sum, LLMPAR__ACCOUNT_MASTER, sign);
 }
 
 static void llmpar__account_step(llmpar__account *account, const llmpar_instruction *in)
@@ -20546,12 +20463,12 @@ static void llmpar__account_step(llmpar__account *account, const llmpar_instruct
     int sign = in->op == LLMPAR_OP_FETCH ? 1 : -1;
     switch (in->op) {
     case LLMPAR_OP_GATHER:
-        if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, LLMPAR__ACCOUNT_GATHERED_PAD, 1);
+        if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, 1);
         break;
     case LLMPAR_OP_FREE:
         if (in->slot >= 0) llmpar__account_gradient(account, in->unit, in->use, in->local, in->slot, -1);
         else if (in->what == LLMPAR_STATE_PARAMS) llmpar__account_params(account, flat, -1);
-        else if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, LLMPAR__ACCOUNT_GATHERED_PAD, -1);
+        else if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, -1);
         break;
     case LLMPAR_OP_BACKWARD:
         if (in->slot >= 0) llmpar__account_gradient(account, in->unit, 0, in->local, in->slot, 1);
@@ -20589,15 +20506,14 @@ static void llmpar__account_peaks(llmpar__account *account)
 
 LLMPAR_DEF int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, llmpar_mark mark, llmpar_account_line *lines, int32_t capacity)
 {
-    llmpar__account account;
+    LLMPAR__ZEROED(llmpar__account, account);
     int32_t count = 0;
-    memset(&account, 0, sizeof account);
     account.fsdp = fsdp;
     for (int32_t u = 0; u < fsdp->unit_count; u++) {
         const llmpar__flat *flat = &fsdp->units[u];
         if (fsdp->tier[LLMPAR_STATE_OPTIMIZER] == LLMPAR_TIER_DEVICE) llmpar__account_optimizer(&account, flat, 1);
         if (fsdp->tier[LLMPAR_STATE_PARAMS] == LLMPAR_TIER_DEVICE) llmpar__account_params(&account, flat, 1);
-        if (fsdp->policy.master) llmpar__account_add(&account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, LLMPAR__ACCOUNT_PARAMETERS_PAD, 1);
+        if (fsdp->policy.master) llmpar__account_add(&account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, 1);
     }
     memcpy(account.peak, account.now, sizeof account.peak);
     for (int32_t i = 0; i < (mark == LLMPAR_MARK_REST ? 0 : schedule->count); i++) {
@@ -20739,8 +20655,8 @@ static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_uni
     return status ? status : a ? a : b;
 }
 
-/* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
-static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
+/* RECOMPUTE hands nothing on: its output, where the unit cannot leave it out, goes at once. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[in->unit];
@@ -20784,7 +20700,7 @@ static llmpar_status llmpar__exec_gradient(llmpar__exec *exec, int32_t unit, int
     return status;
 }
 
-static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[in->unit], *before = in->unit > 0 ? flat - 1 : NULL, *behind = in->unit + 1 < fsdp->unit_count ? flat + 1 : NULL;
@@ -20812,8 +20728,6 @@ static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_inst
     if (!status && behind) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
     return status;
 }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in) { return in->op == LLMPAR_OP_BACKWARD ? llmpar__exec_backward(exec, in) : llmpar__exec_forward(exec, in); }
 /* ==== src/fsdp/executor_shard.c ==== */
 /* ---- gradients in a narrower type on their way ----
    reduce-scatter:  round | all-to-all | widen the n parts | tree sum
@@ -20827,7 +20741,7 @@ static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stre
     llmpar_status status = LLMPAR_OK;
     size_t size = llmpar_dtype_size(fsdp->reduce);
     for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
-        size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
+        size_t piece = llmpar__least(count - at, LLMPAR__REDUCE_PIECE);
         for (int32_t r = 0; r < ranks && !status; r++) {
             fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
             status = llmpar__device_cast(fsdp->device, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
@@ -20947,15 +20861,14 @@ static llmpar_status llmpar__exec_update(llmpar__exec *exec, int32_t unit, void 
 {
     llmpar_run *run = exec->run;
     const llmpar__flat *flat = &exec->fsdp->units[unit];
-    llmpar_update update;
     if (!run->optimizer || !llmpar__exec_counts(exec)) return LLMPAR_OK;
-    memset(&update, 0, sizeof update);
+    LLMPAR__ZEROED(llmpar_update, update);
     update.unit = unit;
     update.dtype = exec->fsdp->sum;
     update.elements = flat->shard_elements;
     update.param = param;
     update.grad = grad;
-    for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = state[i];
+    memcpy(update.state, state, sizeof update.state);
     update.segments = flat->segments;
     update.segment_count = flat->segment_count;
     update.grad_scale = exec->grad_scale;
@@ -21084,7 +20997,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const 
         llmpar__flat *flat = &fsdp->units[u];
         flat->grad_stored = 0;
         if (flat->activation_count >= exec->micro_batches) continue;
-        llmpar__place *place = (llmpar__place *)llmpar_heap_zalloc(heap, 2 * (size_t)exec->micro_batches, sizeof *place);
+        llmpar__place *place = LLMPAR__ZALLOC(llmpar__place, heap, 2 * (size_t)exec->micro_batches);
         if (!place) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "offload: no memory for %d micro-batches", (int)exec->micro_batches);
         if (flat->activation_count) memcpy(place, flat->activation_place, 2 * (size_t)flat->activation_count * sizeof *place);
         llmpar_heap_free(heap, flat->activation_place);
@@ -21103,7 +21016,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const 
         }
     }
     if (status || !grow) return status;
-    llmpar__store_rewind(fsdp->store, fsdp->store_fixed);
+    llmpar__store_rewind(fsdp->store);
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         llmpar__flat *flat = &fsdp->units[u];
         for (int i = 0; i < 2 * LLMPAR_GRAD_SLOTS && !status; i++) status = llmpar__exec_relay(fsdp, &flat->grad_place[i / LLMPAR_GRAD_SLOTS][i % LLMPAR_GRAD_SLOTS], LLMPAR_STATE_GRADS);
@@ -21214,8 +21127,8 @@ static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_i
 {
     switch (in->op) {
     case LLMPAR_OP_FORWARD:
-    case LLMPAR_OP_RECOMPUTE:
-    case LLMPAR_OP_BACKWARD: return llmpar__exec_unit(exec, in);
+    case LLMPAR_OP_RECOMPUTE: return llmpar__exec_forward(exec, in);
+    case LLMPAR_OP_BACKWARD: return llmpar__exec_backward(exec, in);
     case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
     default: return llmpar__exec_shard(exec, in);
     }
@@ -21248,12 +21161,10 @@ static const char *llmpar__exec_category(llmpar_op op)
 static llmpar_status llmpar__exec_trace(llmpar__exec *exec, const llmpar_instruction *in, uint64_t *id)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_schedule one;
-    llmpar_trace_span span;
     *id = 0;
     if (!fsdp->trace || in->op == LLMPAR_OP_FREE) return LLMPAR_OK;
-    memset(&one, 0, sizeof one);
-    memset(&span, 0, sizeof span);
+    LLMPAR__ZEROED(llmpar_schedule, one);
+    LLMPAR__ZEROED(llmpar_trace_span, span);
     one.list = (llmpar_instruction *)(uintptr_t)in;
     one.count = 1;
     span.lane = (int32_t)in->stream;
@@ -21297,7 +21208,7 @@ static llmpar_status llmpar__exec_events(llmpar_fsdp *fsdp, const llmpar_instruc
 {
     llmpar_heap *heap = &fsdp->ctx->heap;
     if (count > fsdp->event_count) {
-        llmpar_event **event = (llmpar_event **)llmpar_heap_zalloc(heap, (size_t)count, sizeof *event);
+        llmpar_event **event = LLMPAR__ZALLOC(llmpar_event *, heap, (size_t)count);
         if (!event) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d events", (int)count);
         if (fsdp->event_count) memcpy(event, fsdp->event, (size_t)fsdp->event_count * sizeof *event);
         llmpar_heap_free(heap, fsdp->event);
@@ -21376,8 +21287,8 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
         if (fsdp->units[u].held || fsdp->units[u].held_state) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: its shard or state is still fetched by hand, expected shard_done and optimizer_done before a step", fsdp->units[u].unit.name);
         if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
     }
-    unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
-    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, 2 * (size_t)exec.micro_batches + 1, sizeof *exec.micro);
+    unsigned char *awaited = LLMPAR__ZALLOC(unsigned char, heap, (size_t)count + 1);
+    exec.micro = LLMPAR__ALLOC(llmpar_micro, heap, 2 * (size_t)exec.micro_batches + 1);
     llmpar_status status = LLMPAR_OK;
     if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);
     for (int32_t m = 0; m < exec.micro_batches && !status; m++) {
@@ -21392,9 +21303,9 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         llmpar__flat *flat = &fsdp->units[u];
         flat->sized = NULL;
-        flat->output = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->saved = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->dinput = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        flat->output = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
+        flat->saved = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
+        flat->dinput = LLMPAR__ZALLOC(void *, heap, (size_t)exec.micro_batches);
         if (!flat->output || !flat->saved || !flat->dinput) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d micro-batches", (int)exec.micro_batches);
     }
     if (!status) status = llmpar__exec_events(fsdp, list, count, awaited);
@@ -21682,10 +21593,10 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: works on %d numbers of state an element, llmpar_fsdp_desc.optimizer_states = %d", llmpar_optim_name(resolved.kind), (int)states, (int)given);
     if (resolved.kind == LLMPAR_OPTIM_SGD || resolved.kind == LLMPAR_OPTIM_LOMO) {
         llmpar_device *device = ctx->device;
-        if (device->size < offsetof(llmpar_device, sgd) + sizeof device->sgd || !device->sgd)
+        if (!LLMPAR__HAS(device, sgd))
             return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: device %s has no sgd", llmpar_optim_name(resolved.kind), device->name);
     }
-    llmpar_optim *optim = (llmpar_optim *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *optim);
+    llmpar_optim *optim = LLMPAR__ZALLOC(llmpar_optim, &ctx->heap, 1);
     if (!optim) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", llmpar_optim_name(resolved.kind));
     optim->fsdp = fsdp;
     optim->heap = &ctx->heap;
@@ -21790,8 +21701,8 @@ static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, 
     *moments = *factors = 0;
     if (u->frozen) return LLMPAR_OK;
     unit->params = u->param_count;
-    unit->part = (llmpar__adalomo_part *)llmpar_heap_zalloc(optim->heap, (size_t)count + 1, sizeof *unit->part);
-    unit->rows = (int64_t *)llmpar_heap_zalloc(optim->heap, 3 * (size_t)u->param_count + 1, sizeof(int64_t));
+    unit->part = LLMPAR__ZALLOC(llmpar__adalomo_part, optim->heap, (size_t)count + 1);
+    unit->rows = LLMPAR__ZALLOC(int64_t, optim->heap, 3 * (size_t)u->param_count + 1);
     if (!unit->part || !unit->rows) return llmpar_fail(mesh->ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for unit %s", u->name);
     unit->cols = unit->rows + u->param_count;
     unit->sum = unit->cols + u->param_count;
@@ -21872,13 +21783,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
     llmpar_mesh *mesh = llmpar_fsdp_mesh(optim->fsdp);
     llmpar_ctx *ctx = mesh->ctx;
     llmpar_device *device = ctx->device;
-    if (device->size < offsetof(llmpar_device, adalomo) + sizeof device->adalomo || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square || !device->adalomo)
+    if (!LLMPAR__HAS(device, adalomo) || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square)
         return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "adalomo: device %s lacks largest, factor_sum, factor_moment, adalomo_square or adalomo", device->name);
-    llmpar__adalomo *a = (llmpar__adalomo *)llmpar_heap_zalloc(optim->heap, 1, sizeof *a);
+    llmpar__adalomo *a = LLMPAR__ZALLOC(llmpar__adalomo, optim->heap, 1);
     if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory");
     optim->adalomo = a;
     a->units = llmpar_fsdp_unit_count(optim->fsdp);
-    a->unit = (llmpar__adalomo_unit *)llmpar_heap_zalloc(optim->heap, (size_t)a->units, sizeof *a->unit);
+    a->unit = LLMPAR__ZALLOC(llmpar__adalomo_unit, optim->heap, (size_t)a->units);
     if (!a->unit) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for %d units", (int)a->units);
     LLMPAR__ZEROED(llmpar_policy, policy);
     llmpar_fsdp_policy(optim->fsdp, &policy);
@@ -24428,8 +24339,8 @@ LLMPAR__PRIVATE int64_t llmpar__checkpoint_step(const char *name); /* of "step-8
 LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error); /* as llmpar_checkpoint_newest */
 /* Makes DIR if need be, removes what crashes left, refuses a step that is there, makes step-N.tmp. */
 LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error);
-/* step-N.tmp, with all its files, becomes step-N; then `latest`; then older ones go. *complete: step-N is there, whatever is returned. */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error);
+/* step-N.tmp, with all its files, becomes step-N; then `latest`; then older ones go. A failure behind the rename says that step-N is complete. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, llmpar_error *error);
 LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error); /* a directory of files; a missing one is fine */
 
 /* manifest.c */
@@ -24464,6 +24375,8 @@ LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifes
 
 /* hf_files.c: DIR/name on the heap; NULL, with the error set, when out of memory. */
 LLMPAR__PRIVATE char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error);
+/* DIR/name with this text, synced, in the place of what stood there. */
+LLMPAR__PRIVATE llmpar_status llmpar__hf_put_text(llmpar_heap *heap, const llmpar_io *io, const char *directory, const char *name, const char *text, llmpar_error *error);
 
 #endif /* LLMPAR_NO_IO */
 
@@ -24478,7 +24391,7 @@ LLMPAR__PRIVATE char *llmpar__hf_join(llmpar_heap *heap, const char *directory, 
 LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
 {
     size_t bytes = strlen(directory) + strlen(name) + 2;
-    char *path = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    char *path = LLMPAR__ALLOC(char, heap, bytes);
     if (path) snprintf(path, bytes, "%s/%s", directory, name);
     else llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a path", directory);
     return path;
@@ -24534,9 +24447,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *te
         else status = LLMPAR__HF_BAD("metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
     }
     if (!status) {
-        out->tensor = (const char **)llmpar_heap_alloc(heap, map->length, sizeof *out->tensor);
-        out->place = (int32_t *)llmpar_heap_alloc(heap, map->length, sizeof *out->place);
-        out->file = (const char **)llmpar_heap_alloc(heap, map->length < LLMPAR_HF_MAX_FILES ? map->length : LLMPAR_HF_MAX_FILES, sizeof *out->file);
+        out->tensor = LLMPAR__ALLOC(const char *, heap, map->length);
+        out->place = LLMPAR__ALLOC(int32_t, heap, map->length);
+        out->file = LLMPAR__ALLOC(const char *, heap, map->length < LLMPAR_HF_MAX_FILES ? map->length : LLMPAR_HF_MAX_FILES);
         if (!out->tensor || !out->place || !out->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensors", name, map->length);
     }
     for (const llmpar_json *entry = status ? NULL : map->child; entry && !status; entry = entry->next) status = llmpar__hf_index_entry(out, entry, name, error);
@@ -24575,7 +24488,7 @@ static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar
         first[f] = files->tensors;
         files->tensors += files->file[f]->count;
     }
-    char *seen = (char *)llmpar_heap_zalloc(files->heap, (size_t)files->tensors, 1);
+    char *seen = LLMPAR__ZALLOC(char, files->heap, (size_t)files->tensors);
     if (!seen) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensors", files->path, (int)files->tensors);
     for (int32_t i = 0; i < index->count && !status; i++) {
         const llmpar_safetensors *file = files->file[index->place[i]];
@@ -24608,7 +24521,7 @@ static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar
     if (!status) status = llmpar_hf_index_parse(files->heap, text, bytes, files->path, &index, error);
     llmpar_heap_free(files->heap, text);
     if (!status) {
-        files->file = (llmpar_safetensors **)llmpar_heap_zalloc(files->heap, (size_t)index.files, sizeof *files->file);
+        files->file = LLMPAR__ZALLOC(llmpar_safetensors *, files->heap, (size_t)index.files);
         if (!files->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d files", files->path, (int)index.files);
     }
     for (int32_t f = 0; f < index.files && !status; f++) {
@@ -24627,9 +24540,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io
     *out = NULL;
     LLMPAR__NEED(heap && directory, error);
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
-    llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
+    llmpar_hf_files *files = LLMPAR__ZALLOC(llmpar_hf_files, heap, 1);
     int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
-    llmpar_safetensors **file = sharded ? NULL : (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *file);
+    llmpar_safetensors **file = sharded ? NULL : LLMPAR__ZALLOC(llmpar_safetensors *, heap, 1);
     llmpar_status status = single && index && files && (sharded || file) ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     llmpar_heap_free(heap, sharded ? single : index);
     if (!files) {
@@ -24711,7 +24624,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_i
 {
     *out = NULL;
     LLMPAR__NEED(heap && directory, error);
-    llmpar_hf_writer *w = (llmpar_hf_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    llmpar_hf_writer *w = LLMPAR__ZALLOC(llmpar_hf_writer, heap, 1);
     llmpar_status status = LLMPAR_OK;
     if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     w->heap = heap;
@@ -24781,15 +24694,15 @@ static llmpar_status llmpar__hf_remove(const llmpar_hf_writer *w, const char *na
     return status;
 }
 
-static llmpar_status llmpar__hf_put_text(const llmpar_hf_writer *w, const char *name, const char *text, size_t bytes, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__hf_put_text(llmpar_heap *heap, const llmpar_io *io, const char *directory, const char *name, const char *text, llmpar_error *error)
 {
-    char *path = llmpar__hf_join(w->heap, w->directory, name, error);
+    char *path = llmpar__hf_join(heap, directory, name, error);
     llmpar_writer *writer = NULL;
-    llmpar_status status = path ? llmpar_writer_open(w->heap, w->io, path, &writer, error) : LLMPAR_ERR_MEMORY;
-    if (!status) status = llmpar_writer_write(writer, text, bytes, error);
+    llmpar_status status = path ? llmpar_writer_open(heap, io, path, &writer, error) : LLMPAR_ERR_MEMORY;
+    if (!status) status = llmpar_writer_write(writer, text, strlen(text), error);
     if (status) llmpar_writer_abandon(writer);
     else status = llmpar_writer_commit(writer, error);
-    llmpar_heap_free(w->heap, path);
+    llmpar_heap_free(heap, path);
     return status;
 }
 
@@ -24816,7 +24729,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     llmpar__text index = llmpar__text_begin(NULL, 0);
     llmpar__hf_put_index(w, &index);
     size_t bytes = index.used;
-    char *text = (char *)llmpar_heap_alloc(w->heap, bytes + 1, 1);
+    char *text = LLMPAR__ALLOC(char, w->heap, bytes + 1);
     llmpar_status status = text ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for an index of %zu bytes", w->directory, bytes);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_SINGLE, error);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_INDEX, error);
@@ -24831,7 +24744,7 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     if (!status) {
         index = llmpar__text_begin(text, bytes + 1);
         llmpar__hf_put_index(w, &index);
-        status = llmpar__hf_put_text(w, LLMPAR__HF_INDEX, text, bytes, error);
+        status = llmpar__hf_put_text(w->heap, w->io, w->directory, LLMPAR__HF_INDEX, text, error);
     }
     llmpar_heap_free(w->heap, text);
     return status;
@@ -24848,7 +24761,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpa
     }
     if (!status && writer->files > 1) status = llmpar__hf_end_part(writer, error);
     /* Weights that find no room leave a config.json that stood here, and with it the old model, alone. */
-    if (!status && writer->config) status = llmpar__hf_put_text(writer, "config.json", writer->config, strlen(writer->config), error);
+    if (!status && writer->config) status = llmpar__hf_put_text(writer->heap, writer->io, writer->directory, "config.json", writer->config, error);
     if (!status && writer->files > 1) status = llmpar__hf_publish(writer, error);
     else if (!status) status = llmpar__hf_end_part(writer, error);
     if (!status && writer->files == 1) status = llmpar__hf_remove(writer, LLMPAR__HF_INDEX, error);
@@ -25022,7 +24935,7 @@ static llmpar_status llmpar__hf_match(llmpar__hf_load *load, int32_t *matched)
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has shape %s, expected %s", file->path, param->name, llmpar__hf_shape(tensor->shape, tensor->dims, got, sizeof got),
                                    llmpar__hf_shape(param->shape, param->dims, expected, sizeof expected));
             }
-            if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
+            if (!llmpar__dtype_floats(tensor->dtype))
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
             if (llmpar_dtype_size(tensor->dtype) > raw) raw = llmpar_dtype_size(tensor->dtype);
             if (tensor->dtype != dtype) wide = llmpar_dtype_size(dtype);
@@ -25139,7 +25052,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     llmpar_ctx *ctx = file->ctx;
     int32_t count = 0, at = 0;
     for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
-    llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
+    llmpar_safetensor *tensors = LLMPAR__ZALLOC(llmpar_safetensor, &ctx->heap, (size_t)count + 1);
     file->tensors = tensors;
     if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
     for (int32_t u = 0; u < file->count; u++) {
@@ -25154,7 +25067,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     LLMPAR__NO_ERROR(error);
     if (!config) return llmpar__hf_fail(ctx, llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error), &error);
     size_t bytes = llmpar_llama_config_write(config, NULL, 0);
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1);
+    char *text = LLMPAR__ALLOC(char, &ctx->heap, bytes + 1);
     if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", path);
     llmpar_llama_config_write(config, text, bytes + 1);
     llmpar_status status = llmpar_hf_writer_open(&ctx->heap, ctx->io, path, tensors, count, max_bytes, text, &file->directory, &error);
@@ -25177,15 +25090,15 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     if (count < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: %d units", path, (int)count);
     for (int32_t u = 0; u < count && units; u++)
         if (units[u] < 0 || units[u] >= all) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: unit %d, expected 0 to %d", path, (int)units[u], (int)all - 1);
-    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
+    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && !llmpar__dtype_floats(desc->dtype))
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
-    llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
+    llmpar_tensor_file *file = LLMPAR__ZALLOC(llmpar_tensor_file, &ctx->heap, 1);
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     file->fsdp = fsdp;
     file->ctx = ctx;
     file->dtype = desc && desc->dtype != LLMPAR_DTYPE_DEFAULT ? desc->dtype : dtype;
     file->count = count;
-    file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
+    file->units = LLMPAR__ALLOC(int32_t, &ctx->heap, (size_t)file->count + 1);
     if (!file->units) {
         llmpar_heap_free(&ctx->heap, file);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
@@ -25410,23 +25323,20 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io,
     return number ? llmpar__directory_error(error, "remove it", path, number) : LLMPAR_OK;
 }
 
-/* Any step-*.tmp that is there: the name of one, or "". */
-typedef struct llmpar__directory_left { char name[64]; } llmpar__directory_left;
+/* Any step-*.tmp that is there: the name of one without .tmp, in char[64], or "". */
 static int llmpar__directory_leftover(void *user, const char *name)
 {
     size_t length = strlen(name);
-    char *out = ((llmpar__directory_left *)user)->name;
-    if (length < 5 || length >= sizeof ((llmpar__directory_left *)user)->name || strcmp(name + length - 4, ".tmp")) return 0;
-    memcpy(out, name, length - 4);
-    out[length - 4] = 0;
+    char *out = (char *)user;
+    if (length < 5 || length >= 64 || strcmp(name + length - 4, ".tmp")) return 0;
+    snprintf(out, 64, "%.*s", (int)length - 4, name);
     if (llmpar__checkpoint_step(out) < 0) out[0] = 0;
-    return out[0] != 0 ? -1 : 0;
+    return out[0] ? -1 : 0;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error)
 {
-    char path[LLMPAR__CHECKPOINT_PATH];
-    llmpar__directory_left left;
+    char path[LLMPAR__CHECKPOINT_PATH], left[64];
     io = io ? io : llmpar_io_system();
     int fresh = llmpar_file_kind(io, directory) == LLMPAR_IO_NONE, number;
     llmpar_status status = llmpar_directory_ensure(io, directory, error);
@@ -25436,11 +25346,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
         status = llmpar_directory_sync(io, path, error);
     }
     while (!status) {
-        left.name[0] = 0;
-        number = llmpar__directory_list(io, directory, llmpar__directory_leftover, &left);
+        left[0] = 0;
+        number = llmpar__directory_list(io, directory, llmpar__directory_leftover, left);
         if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
-        if (!left.name[0]) break;
-        snprintf(path, sizeof path, "%s/%s.tmp", directory, left.name);
+        if (!left[0]) break;
+        snprintf(path, sizeof path, "%s/%s.tmp", directory, left);
         status = llmpar__checkpoint_remove(io, path, error);
     }
     snprintf(path, sizeof path, "%s/step-%lld", directory, (long long)step);
@@ -25450,22 +25360,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
     snprintf(path, sizeof path, "%s/step-%lld.tmp", directory, (long long)step);
     LLMPAR__AGAIN(make_directory, path);
     return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
-}
-
-static llmpar_status llmpar__checkpoint_latest(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error)
-{
-    char path[LLMPAR__CHECKPOINT_PATH], text[32];
-    llmpar_writer *writer = NULL;
-    int length = snprintf(text, sizeof text, "step-%lld\n", (long long)step);
-    snprintf(path, sizeof path, "%s/latest", directory);
-    llmpar_status status = llmpar_writer_open(heap, io, path, &writer, error);
-    if (!status) status = llmpar_writer_write(writer, text, (size_t)length, error);
-    if (!status) {
-        status = llmpar_writer_commit(writer, error);
-        writer = NULL;
-    }
-    llmpar_writer_abandon(writer);
-    return status;
 }
 
 /* All complete ones but the newest `keep`. */
@@ -25486,19 +25380,19 @@ static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *d
     return status;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, llmpar_error *error)
 {
-    char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
+    char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH], latest[32];
     LLMPAR__NO_ERROR(why);
     io = io ? io : llmpar_io_system();
+    snprintf(latest, sizeof latest, "step-%lld\n", (long long)step);
     snprintf(to, sizeof to, "%s/step-%lld", directory, (long long)step);
     snprintf(from, sizeof from, "%s/step-%lld.tmp", directory, (long long)step);
     llmpar_status status = llmpar_directory_sync(io, from, error);
     if (!status) status = llmpar_file_rename(io, from, to, error);
     if (status) return status;
-    *complete = 1;
     status = llmpar_directory_sync(io, directory, &why);
-    if (!status) status = llmpar__checkpoint_latest(heap, io, directory, step, &why);
+    if (!status) status = llmpar__hf_put_text(heap, io, directory, "latest", latest, &why);
     if (!status && keep) status = llmpar__checkpoint_prune(io, directory, step, keep, &why);
     return status ? llmpar_error_set(error, status, "%s is complete, but: %s", to, why.text) : LLMPAR_OK;
 }
@@ -25594,7 +25488,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, cons
     llmpar__array array[LLMPAR__ARRAYS];
     llmpar__manifest_out out = {NULL, 0, error, LLMPAR_OK};
     const llmpar__checkpoint_file most = {"rank-00000.safetensors", UINT64_MAX, 0};
-    int32_t files = 0, first = 1, *index = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)ctx->world, sizeof *index);
+    int32_t files = 0, first = 1, *index = LLMPAR__ALLOC(int32_t, &ctx->heap, (size_t)ctx->world);
     if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     if (path) out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
     llmpar__manifest_put_info(&out, info);
@@ -25873,9 +25767,9 @@ static llmpar_status llmpar__manifest_room(llmpar_heap *heap, const llmpar_json 
         const llmpar_json *p = llmpar_json_get(t, "parts");
         parts += p ? p->length : 0;
     }
-    m->file = (llmpar__manifest_file *)llmpar_heap_zalloc(heap, files->length + 1, sizeof *m->file);
-    m->tensor = (llmpar__manifest_tensor *)llmpar_heap_zalloc(heap, tensors->length + 1, sizeof *m->tensor);
-    m->part = (llmpar__manifest_part *)llmpar_heap_zalloc(heap, parts + 1, sizeof *m->part);
+    m->file = LLMPAR__ZALLOC(llmpar__manifest_file, heap, files->length + 1);
+    m->tensor = LLMPAR__ZALLOC(llmpar__manifest_tensor, heap, tensors->length + 1);
+    m->part = LLMPAR__ZALLOC(llmpar__manifest_part, heap, parts + 1);
     if (m->file && m->tensor && m->part) return LLMPAR_OK;
     return in->status = llmpar_error_set(in->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu files, %zu tensors, %zu parts", in->name, files->length, tensors->length, parts);
 }
@@ -26090,7 +25984,7 @@ static llmpar_status llmpar__checkpoint_open(llmpar_checkpoint *c)
     int32_t count;
     llmpar_status status = llmpar__checkpoint_declare(c, NULL, NULL, &count);
     if (status || !count) return status;
-    llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(heap, (size_t)count, sizeof *tensors);
+    llmpar_safetensor *tensors = LLMPAR__ZALLOC(llmpar_safetensor, heap, (size_t)count);
     char *names = (char *)llmpar_heap_alloc(heap, (size_t)count, LLMPAR__CHECKPOINT_NAME);
     if (!tensors || !names) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %d tensor names", (int)count);
     if (!status) status = llmpar__checkpoint_declare(c, tensors, names, &count);
@@ -26128,7 +26022,7 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
                 if (c->copy) status = device->copy(device, stream, c->copy + at, from, bytes);
                 at += bytes;
                 for (size_t done = 0, part; staging && done < bytes; done += part) {
-                    part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
+                    part = llmpar__least(bytes - done, LLMPAR__CHECKPOINT_STAGING);
                     status = device->copy(device, stream, staging, from + done, part);
                     if (!status) status = device->synchronize(device, stream);
                     if (!status) status = llmpar_safetensors_writer_write(c->writer, staging, part, &c->error);
@@ -26207,8 +26101,7 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
 {
     llmpar_heap *heap = &c->ctx->heap;
     char path[LLMPAR__CHECKPOINT_PATH];
-    int complete = 0;
-    llmpar__checkpoint_file config, *files = (llmpar__checkpoint_file *)llmpar_heap_zalloc(heap, (size_t)c->ctx->world, sizeof *files);
+    llmpar__checkpoint_file config, *files = LLMPAR__ZALLOC(llmpar__checkpoint_file, heap, (size_t)c->ctx->world);
     llmpar_status status = files ? LLMPAR_OK : llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     for (int32_t r = 0; r < c->ctx->world && !status; r++) {
         snprintf(files[r].name, sizeof files[r].name, "rank-%05d.safetensors", (int)r);
@@ -26219,7 +26112,7 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
     snprintf(path, sizeof path, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
     if (!status) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, c->config ? &config : NULL, files, path, &c->error);
     llmpar_heap_free(heap, files);
-    return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &complete, &c->error);
+    return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &c->error);
 }
 
 /* All ranks have written, or failed to. */
@@ -26236,7 +26129,7 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
     llmpar__checkpoint_drop(c);
     mine[0] = (int64_t)bytes;
     mine[1] = (int64_t)sum;
-    int64_t *sums = (int64_t *)llmpar_heap_alloc(&ctx->heap, 2 * (size_t)ctx->world, sizeof *sums);
+    int64_t *sums = LLMPAR__ALLOC(int64_t, &ctx->heap, 2 * (size_t)ctx->world);
     if (!sums && !status) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     status = llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint written");
     const llmpar_collective call = llmpar__comm_collective(mine, sums, 2, LLMPAR_I64, "checkpoint sums");
@@ -26300,7 +26193,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_opti
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no desc");
     if (!desc->directory || !desc->directory[0] || strlen(desc->directory) > 1000) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: directory of %zu bytes, expected 1 .. 1000", desc->directory ? strlen(desc->directory) : 0);
     if (desc->keep < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: keep = %d, expected 0 (all) or more", (int)desc->keep);
-    llmpar_checkpoint *c = (llmpar_checkpoint *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *c);
+    llmpar_checkpoint *c = LLMPAR__ZALLOC(llmpar_checkpoint, &ctx->heap, 1);
     if (!c) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     c->fsdp = fsdp;
     c->optim = optim;
@@ -26453,7 +26346,7 @@ static llmpar_status llmpar__load_match(llmpar__load *load)
     int32_t hint = 0;
     if (m->stored != dtype) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "%s: numbers of type %s, this run has %s", load->path, llmpar_dtype_name(m->stored), llmpar_dtype_name(dtype));
     if (load->states && strcmp(m->info.optimizer, own)) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "%s: optimizer %s, this run has %s", load->path, m->info.optimizer, own);
-    uint32_t *kinds = (uint32_t *)llmpar_heap_alloc(&load->ctx->heap, (size_t)m->tensors + 1, sizeof *kinds);
+    uint32_t *kinds = LLMPAR__ALLOC(uint32_t, &load->ctx->heap, (size_t)m->tensors + 1);
     if (!kinds) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", load->path);
     for (int32_t t = 0; t < m->tensors; t++) kinds[t] = m->tensor[t].kinds;
     llmpar_status status = LLMPAR_OK;
@@ -26526,7 +26419,7 @@ static llmpar_status llmpar__load_run(llmpar__load *load, const llmpar_safetenso
     if (load->ahead_of != tensor || offset + bytes > load->ahead_begin + load->ahead_bytes) { /* within a tensor offsets rise: of the pieces, of the boxes in one, of the runs in a box */
         load->ahead_of = tensor;
         load->ahead_begin = offset;
-        load->ahead_bytes = end - offset < LLMPAR__LOAD_AHEAD ? end - offset : LLMPAR__LOAD_AHEAD;
+        load->ahead_bytes = llmpar__least(end - offset, LLMPAR__LOAD_AHEAD);
         llmpar_status status = llmpar_safetensors_read(file, tensor, offset, load->ahead_bytes, load->ahead, &load->error);
         if (status) {
             load->ahead_of = NULL;
@@ -26646,7 +26539,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
     if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no path");
     LLMPAR__NO_ERROR(error);
     memset(info, 0, sizeof *info);
-    llmpar__load *load = (llmpar__load *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *load);
+    llmpar__load *load = LLMPAR__ZALLOC(llmpar__load, &ctx->heap, 1);
     void *buffer = NULL;
     llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD, &buffer);
     status = load && !status ? LLMPAR_OK : llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "%s: out of memory to load it", path);
@@ -26702,6 +26595,9 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
    the caller leaves first, with the error. */
 /* ==== src/run/launch_internal.h ==== */
 /* launch_internal: what the ways of making ranks share: launch.c (threads), launch_mpi.c and launch_environment.c (processes); launch_furnish.c gives each rank what its backend makes. */
+
+/* What a launch does not take, said in the caller's `error`. */
+#define LLMPAR__LAUNCH_NO(status, ...) llmpar_error_set(error, status, "launch: " __VA_ARGS__)
 
 /* Checks the desc and fills in the defaults; ranks stays as it is where it is 0. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error);
@@ -26879,8 +26775,8 @@ static llmpar_status llmpar__launch_places(llmpar__launch_job *job, llmpar_error
     llmpar_launch_desc *desc = &job->desc;
     llmpar__processors allowed;
     llmpar__processors_allowed(&allowed);
-    int32_t *order = (int32_t *)llmpar_heap_alloc(&job->heap, (size_t)allowed.count, sizeof *order);
-    if (!order) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
+    int32_t *order = LLMPAR__ALLOC(int32_t, &job->heap, (size_t)allowed.count);
+    if (!order) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_MEMORY, "out of memory for the list of processors");
     int32_t cores = llmpar__processors_cores(&allowed, order);
     if (!desc->threads) desc->threads = desc->lockstep ? 1 : llmpar__processors_share(cores, desc->ranks);
     int64_t all = (int64_t)desc->threads * desc->ranks;
@@ -26888,7 +26784,7 @@ static llmpar_status llmpar__launch_places(llmpar__launch_job *job, llmpar_error
     if (job->crowded || desc->lockstep || desc->pin == LLMPAR_PIN_OFF || !allowed.mask_known || (desc->pin == LLMPAR_PIN_DEFAULT && all != cores && all != allowed.count)) llmpar_heap_free(&job->heap, order);
     else job->processors = order;
     if (desc->pin == LLMPAR_PIN_ON && !job->processors)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: pin = on: %s, %d ranks x %d threads, %d processors: expected no more threads than processors, no lockstep, and a system that keeps threads where they are put",
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "pin = on: %s, %d ranks x %d threads, %d processors: expected no more threads than processors, no lockstep, and a system that keeps threads where they are put",
                                 desc->lockstep ? "in lockstep" : job->crowded ? "too many threads" : "the system does not say where threads may run", (int)desc->ranks, (int)desc->threads, (int)allowed.count);
     return LLMPAR_OK;
 }
@@ -26912,16 +26808,16 @@ static void *llmpar__launch_thread(void *arg)
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
 {
     if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
-    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (cores / ranks) to 1024", (int)desc->threads);
-    if (desc->deadline != desc->deadline) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
+    if (desc->threads < 0 || desc->threads > 1024) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "threads = %d inside a rank, expected 0 (cores / ranks) to 1024", (int)desc->threads);
+    if (desc->deadline != desc->deadline) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
     if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
     if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
     if (desc->record && !desc->record[0]) desc->record = NULL;
-    if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
+    if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
     if ((int)desc->transport < (int)LLMPAR_TRANSPORT_DEFAULT || (int)desc->transport > (int)LLMPAR_TRANSPORT_ENVIRONMENT)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: transport = %d, expected 0 (default), 1 (threads), 2 (MPI) or 3 (environment)", (int)desc->transport);
-    if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "transport = %d, expected 0 (default), 1 (threads), 2 (MPI) or 3 (environment)", (int)desc->transport);
+    if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
     if (!desc->log) desc->log = llmpar__launch_log;
     llmpar_status st = llmpar__launch_backend_check(desc->backend, error);
     if (st) return st;
@@ -26931,7 +26827,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
         char choices[128];
         llmpar__text out = llmpar__text_begin(choices, sizeof choices);
         for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?"); i++) llmpar__text_put(&out, "%s%s", out.used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: %s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "%s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
     }
     return LLMPAR_OK;
 }
@@ -26953,7 +26849,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     llmpar_error local;
     if (!error) error = &local;
     llmpar_error_clear(error);
-    if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
+    if (!fn) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "no rank function");
     if (given && given->transport == LLMPAR_TRANSPORT_ENVIRONMENT) return llmpar__launch_environment(given, fn, user, error);
     if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
     llmpar_cpu_level level;
@@ -26966,12 +26862,12 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     desc.ranks = ranks;
     llmpar_heap heap;
     llmpar_heap_init(&heap, desc.allocator);
-    llmpar__launch_job *job = (llmpar__launch_job *)llmpar_heap_zalloc(&heap, 1, sizeof *job);
-    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
+    llmpar__launch_job *job = LLMPAR__ZALLOC(llmpar__launch_job, &heap, 1);
+    llmpar__launch_rank *rank = LLMPAR__ZALLOC(llmpar__launch_rank, &heap, (size_t)ranks);
     if (!job || !rank) {
         llmpar_heap_free(&heap, rank);
         llmpar_heap_free(&heap, job);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_MEMORY, "out of memory for %d ranks", (int)ranks);
     }
     job->desc = desc;
     if (desc.backend) {
@@ -27080,9 +26976,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_backend_check(const llmpar_back
 {
     if (!backend) return LLMPAR_OK;
     if (backend->abi != LLMPAR_BACKEND_ABI || backend->size < sizeof *backend)
-        return llmpar_error_set(error, LLMPAR_ERR_ABI, "launch: backend with abi %u and %u bytes, expected abi %u and %lu bytes", (unsigned)backend->abi, (unsigned)backend->size, LLMPAR_BACKEND_ABI, (unsigned long)sizeof *backend);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ABI, "backend with abi %u and %u bytes, expected abi %u and %lu bytes", (unsigned)backend->abi, (unsigned)backend->size, LLMPAR_BACKEND_ABI, (unsigned long)sizeof *backend);
     if (!backend->device_create != !backend->device_destroy)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: backend %s: device_%s is empty, expected both of device_create and device_destroy or neither", llmpar__launch_backend_name(backend), backend->device_create ? "destroy" : "create");
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "backend %s: device_%s is empty, expected both of device_create and device_destroy or neither", llmpar__launch_backend_name(backend), backend->device_create ? "destroy" : "create");
     return LLMPAR_OK;
 }
 
@@ -27162,7 +27058,7 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_failure(const llmpar_ctx *ctx, llmpar_st
 
 LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error)
 {
-    if (ctx->comm && ctx->comm != ctx->host_comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, abort) && ctx->comm->abort) ctx->comm->abort(ctx->comm, error);
+    if (ctx->comm && ctx->comm != ctx->host_comm && LLMPAR__HAS(ctx->comm, abort)) ctx->comm->abort(ctx->comm, error);
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
@@ -27176,7 +27072,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backen
 
 LLMPAR__PRIVATE_DEF llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx)
 {
-    if (ctx->comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, record) && ctx->comm->record) return ctx->comm->record;
+    if (ctx->comm && LLMPAR__HAS(ctx->comm, record)) return ctx->comm->record;
     return ctx->host_comm ? ctx->host_comm->record : NULL;
 }
 
@@ -27240,7 +27136,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 {
     if (ctx->world == 1) return LLMPAR_OK;
-    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
+    uint64_t mine = 0, *all = LLMPAR__ZALLOC(uint64_t, &ctx->heap, (size_t)ctx->world);
     if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
     llmpar_collective call = llmpar__comm_collective(&mine, all, 1, LLMPAR_U64, "launch/self_test");
     llmpar_status st = llmpar__launch_self_test(ctx, &mine);
@@ -27405,7 +27301,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     (void)fn;
     (void)user;
     if (!given || (given->transport != LLMPAR_TRANSPORT_MPI && !given->mpi)) return 0;
-    llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: ranks as MPI processes are asked for, but the implementation was compiled without LLMPAR_USE_MPI");
+    LLMPAR__LAUNCH_NO(LLMPAR_ERR_UNSUPPORTED, "ranks as MPI processes are asked for, but the implementation was compiled without LLMPAR_USE_MPI");
     return 1;
 }
 
@@ -27427,7 +27323,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_variable(const char *name, int32_t least,
     if (!text) return 0;
     while (digits < 10 && text[digits] >= '0' && text[digits] <= '9') value = value * 10 + (text[digits++] - '0');
     if (!digits || text[digits] || value < least || value > most) {
-        llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s = \"%.40s\", expected a number from %d to %d", name, text, (int)least, (int)most);
+        LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has %s = \"%.40s\", expected a number from %d to %d", name, text, (int)least, (int)most);
         return -1;
     }
     *out = (int32_t)value;
@@ -27454,17 +27350,17 @@ static llmpar_status llmpar__launch_place(llmpar_ctx *ctx, const llmpar_launch_d
     int has_rank = has_world < 0 ? -1 : llmpar__launch_variable("RANK", 0, has_world ? world - 1 : INT32_MAX, &rank, error);
     if (has_world < 0 || has_rank < 0) return error->status;
     if (!has_world || !has_rank)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment are asked for, but %s is not there, expected RANK, WORLD_SIZE and LOCAL_RANK of torchrun or a like launcher", has_world ? "RANK" : "WORLD_SIZE");
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "ranks by the environment are asked for, but %s is not there, expected RANK, WORLD_SIZE and LOCAL_RANK of torchrun or a like launcher", has_world ? "RANK" : "WORLD_SIZE");
     int has_locals = llmpar__launch_variable("LOCAL_WORLD_SIZE", 1, world, locals, error);
     int has_local = has_locals < 0 ? -1 : llmpar__launch_local(&local, error);
     if (has_locals < 0 || has_local < 0) return error->status;
     if (has_locals && has_local && local >= *locals)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has LOCAL_RANK = %d, expected a number below LOCAL_WORLD_SIZE = %d", (int)local, (int)*locals);
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has LOCAL_RANK = %d, expected a number below LOCAL_WORLD_SIZE = %d", (int)local, (int)*locals);
     if (!has_locals) *locals = world;
     ctx->rank = rank;
     ctx->world = world;
     ctx->local_rank = has_local ? local : has_locals ? rank % *locals : rank;
-    if (desc->ranks && desc->ranks != world) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but the environment has WORLD_SIZE = %d", (int)desc->ranks, (int)world);
+    if (desc->ranks && desc->ranks != world) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "ranks = %d, but the environment has WORLD_SIZE = %d", (int)desc->ranks, (int)world);
     return LLMPAR_OK;
 }
 
@@ -27477,19 +27373,19 @@ static llmpar_status llmpar__launch_meeting(char *meeting, llmpar_error *error)
     meeting[0] = 0;
     if (has_port < 0) return error->status;
     if (!host && !has_port) return LLMPAR_OK;
-    if (!host || !host[0] || !has_port) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s without %s, expected both or neither", has_port ? "MASTER_PORT" : "MASTER_ADDR", has_port ? "MASTER_ADDR" : "MASTER_PORT");
-    if (strlen(host) > LLMPAR__LAUNCH_MEETING - 8) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has a MASTER_ADDR of %lu bytes, expected at most %d", (unsigned long)strlen(host), LLMPAR__LAUNCH_MEETING - 8);
+    if (!host || !host[0] || !has_port) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has %s without %s, expected both or neither", has_port ? "MASTER_PORT" : "MASTER_ADDR", has_port ? "MASTER_ADDR" : "MASTER_PORT");
+    if (strlen(host) > LLMPAR__LAUNCH_MEETING - 8) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "the environment has a MASTER_ADDR of %lu bytes, expected at most %d", (unsigned long)strlen(host), LLMPAR__LAUNCH_MEETING - 8);
     snprintf(meeting, LLMPAR__LAUNCH_MEETING, "%s:%d", host, (int)port);
     return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__launch_refuse(const llmpar_launch_desc *desc, llmpar_error *error)
 {
-    if (desc->mpi) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks by the environment and a desc for MPI, expected one of them");
-    if (desc->lockstep) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for processes of the environment");
-    if (desc->pin == LLMPAR_PIN_ON) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; processes are bound by their launcher");
+    if (desc->mpi) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_ARGUMENT, "ranks by the environment and a desc for MPI, expected one of them");
+    if (desc->lockstep) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_UNSUPPORTED, "lockstep is for ranks that are threads, not for processes of the environment");
+    if (desc->pin == LLMPAR_PIN_ON) return LLMPAR__LAUNCH_NO(LLMPAR_ERR_UNSUPPORTED, "pin = on is for ranks that are threads; processes are bound by their launcher");
     if (!desc->backend || !desc->backend->comm_create)
-        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment need a backend with a communicator (comm_create: llmpar_nccl_backend); %s", desc->backend ? "this backend has none" : "there is no backend");
+        return LLMPAR__LAUNCH_NO(LLMPAR_ERR_CONFIG, "ranks by the environment need a backend with a communicator (comm_create: llmpar_nccl_backend); %s", desc->backend ? "this backend has none" : "there is no backend");
     return LLMPAR_OK;
 }
 
@@ -27732,11 +27628,10 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
 
 static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
 {
-    llmpar_data_desc desc;
     if (!t->desc.data) return LLMPAR_OK;
+    LLMPAR__ZEROED(llmpar_data_desc, desc);
     LLMPAR__NO_ERROR(error);
     llmpar_status status = llmpar_file_map(t->desc.data, &t->file, &error);
-    memset(&desc, 0, sizeof desc);
     desc.bytes = t->file.data;
     desc.count = t->file.bytes;
     desc.seq_len = t->desc.seq_len;
@@ -27784,7 +27679,7 @@ static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
     void *staging = NULL;
     t->staging_bytes = (size_t)(2 * rows + t->desc.seq_len + 1) * sizeof(int32_t);
     if (!llmpar_device_host_alloc(t->ctx->device, heap, t->staging_bytes, &staging)) t->staging = (int32_t *)staging;
-    t->micro = (llmpar_micro *)llmpar_heap_zalloc(heap, (size_t)t->desc.grad_accum, sizeof *t->micro);
+    t->micro = LLMPAR__ZALLOC(llmpar_micro, heap, (size_t)t->desc.grad_accum);
     if (!t->staging || !t->micro) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: no memory for %lld tokens a micro-batch", (long long)rows);
     for (int32_t m = 0; m < t->desc.grad_accum; m++) {
         t->micro[m].batch = t->local;
@@ -27882,7 +27777,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
 {
     llmpar_ctx *ctx = mesh->ctx;
     *out = NULL;
-    llmpar_trainer *t = (llmpar_trainer *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *t);
+    llmpar_trainer *t = LLMPAR__ZALLOC(llmpar_trainer, &ctx->heap, 1);
     if (!t) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     t->ctx = ctx;
     t->mesh = mesh;
@@ -28030,7 +27925,7 @@ static llmpar_status llmpar__trainer_gradient(void *user, llmpar_fsdp *fsdp, int
 static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 {
     llmpar_heap *heap = &t->ctx->heap;
-    int32_t count = 0, *units = (int32_t *)llmpar_heap_alloc(heap, (size_t)t->train->units + 1, sizeof *units);
+    int32_t count = 0, *units = LLMPAR__ALLOC(int32_t, heap, (size_t)t->train->units + 1);
     if (!units) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     for (int32_t i = 0; i < t->train->count && count < t->train->units; i++)
         if (t->train->list[i].op == LLMPAR_OP_OPTIM) units[count++] = t->train->list[i].unit;
@@ -28202,7 +28097,7 @@ static void llmpar__resume_info(const llmpar_trainer *t, llmpar_checkpoint_info 
 static char *llmpar__resume_config(llmpar_ctx *ctx, const llmpar_llama_config *config)
 {
     size_t bytes = llmpar_llama_config_write(config, NULL, 0) + 1;
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    char *text = LLMPAR__ALLOC(char, &ctx->heap, bytes);
     if (text) llmpar_llama_config_write(config, text, bytes);
     else llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory for config.json");
     return text;
@@ -28287,8 +28182,8 @@ static llmpar_status llmpar__resume_auto(llmpar_trainer *t)
     llmpar_ctx *ctx = t->ctx;
     char path[LLMPAR__CHECKPOINT_PATH];
     int64_t step = INT64_MAX, newest = -1;
-    llmpar_error earlier = ctx->error, error;
-    llmpar_error_clear(&error);
+    llmpar_error earlier = ctx->error;
+    LLMPAR__NO_ERROR(error);
     llmpar_status status;
     for (;;) {
         llmpar__trainer_forget(&ctx->error);
@@ -28331,11 +28226,10 @@ static llmpar_status llmpar__resume_named(llmpar_trainer *t, const char *directo
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
 {
     llmpar_ctx *ctx = t->ctx;
-    llmpar_checkpoint_desc desc;
+    LLMPAR__ZEROED(llmpar_checkpoint_desc, desc);
     llmpar_status status = LLMPAR_OK;
     const char *resume = t->desc.resume;
     char path[LLMPAR__CHECKPOINT_PATH], own[LLMPAR__CHECKPOINT_PATH];
-    memset(&desc, 0, sizeof desc);
     desc.directory = t->desc.checkpoint;
     desc.keep = t->desc.keep;
     desc.background = t->desc.checkpoint_background;
@@ -28412,7 +28306,7 @@ LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
 
 static void llmpar__metrics_usage(FILE *file, const char *name, const uint64_t bytes[LLMPAR_TAG_COUNT], uint64_t total)
 {
-    fprintf(file, "\"%s\":{", name);
+    fprintf(file, ",\"%s\":{", name);
     for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)bytes[tag]);
     fprintf(file, "\"total\":%llu}", (unsigned long long)total);
 }
@@ -28452,11 +28346,9 @@ static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *s
     if (llmpar_isfinite_f64(step->loss)) snprintf(loss, sizeof loss, "%.9g", step->loss);
     if (llmpar_isfinite_f64(step->grad_norm)) snprintf(norm, sizeof norm, "%.9g", step->grad_norm);
     if (t->desc.dtype == LLMPAR_F16) snprintf(scale, sizeof scale, "\"loss_scale\":%.9g,\"found_inf\":%d,", step->loss_scale, (int)step->found_inf);
-    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
+    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
     llmpar__metrics_usage(file, "memory", usage.peak, usage.peak_total);
-    fputc(',', file);
     llmpar__metrics_usage(file, "memory_init", t->memory.init.live, t->memory.init.live_total);
-    fputc(',', file);
     llmpar__metrics_usage(file, "memory_before_optimizer", t->memory.before_optimizer.live, t->memory.before_optimizer.live_total);
     fputs("}\n", file);
     if (fflush(file) || ferror(file)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write step %lld: %s", t->desc.log, (long long)step->step, strerror(errno));
