@@ -157,6 +157,9 @@ static void all_refused(session *s, text *x)
     LENT(llmpar_fsdp_lend(s->fsdp, "somebody"));
     LENT(llmpar_fsdp_shard(s->fsdp, 0, NULL, NULL, NULL) ? LLMPAR_OK : s->ctx->error.status);
     LENT(llmpar_fsdp_shard_done(s->fsdp, 0, 1));
+    CHECK_STATUS(llmpar_fsdp_reshard(s->fsdp, 0), LLMPAR_ERR_ARGUMENT); /* what is gathered is the borrower's */
+    CHECK_TEXT(s->ctx->error.text, "reshard without unshard");
+    llmpar_error_clear(&s->ctx->error);
     LENT(llmpar_fsdp_find_nonfinite(s->fsdp, where, sizeof where));
     if (s->ctx->world == 1) { /* what fails in these ends a job of several */
         llmpar_run run;

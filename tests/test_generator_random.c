@@ -241,13 +241,13 @@ static void converse_all(uint64_t seed, int rounds, const llmpar_backend *backen
     free(t);
 }
 
-TEST(conversations) { converse_all(1, test_rounds(40), NULL); }
+TEST(conversations) { converse_all(1, test_rounds(24), NULL); }
 TEST(apart) /* on a device whose memory the host cannot touch */
 {
     apart_report report = { .leaked = 0 };
     llmpar_backend backend;
     apart_backend(&report, &backend);
-    converse_all(101, test_rounds(12), &backend);
+    converse_all(101, test_rounds(8), &backend);
     CHECK_INT(report.leaked + report.host_leaked, 0);
 }
 
