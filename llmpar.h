@@ -18644,7 +18644,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, vo
 LLMPAR_DEF llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit)
 {
     llmpar__flat *flat = &fsdp->units[unit];
-    if (flat->gathers == 0) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: reshard without unshard", flat->unit.name);
+    if (flat->gathers <= (fsdp->borrower != NULL)) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: reshard without unshard", flat->unit.name);
     if (!fsdp->whole_params) return llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_GATHER);
     flat->gathers--;
     return LLMPAR_OK;
