@@ -2036,7 +2036,7 @@ typedef struct llmpar_generator_desc {
     int32_t texts;            /* how many are generated at once, and known afterwards; default 1. Each has its cache; each step then reads the weights once for all of them */
 } llmpar_generator_desc;
 typedef struct llmpar_generator llmpar_generator;
-/* The parameters are lent to it (llmpar_fsdp_lend) until it is destroyed, which must be before model and fsdp are. Of one thread at a time; the generator may not be used in on_token. Collective over the mesh of fsdp, as run and destroy,
+/* The parameters are lent to it (llmpar_fsdp_lend) until it is destroyed, which must be before model and fsdp are. Of one thread at a time; the generator may not be used in on_token or on_end. Collective over the mesh of fsdp, as run and destroy,
    with the same descs on every rank. */
 LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generator_desc *desc, llmpar_generator **out);
 /* Generates texts[count], begun in their order, each as soon as another one's end has made room: ids[i] has room for texts[i].tokens ids, counts[i] is how many there are. They are those that llmpar_llama_generate gives for each, bit for

@@ -72,6 +72,29 @@ static inline void *take(size_t count, size_t size)
     return p;
 }
 
+/* ---- a model that talks: two layers, 8 heads on 2 kv heads, no id ends a text ---- */
+
+static inline llmpar_llama_config talk_config(llmpar_family family, int tied, int32_t hidden, int32_t intermediate, int32_t head_dim, int32_t vocab, int32_t positions)
+{
+    llmpar_llama_config c;
+    memset(&c, 0, sizeof c);
+    c.family = family;
+    c.tied = tied;
+    c.vocab = vocab;
+    c.hidden = hidden;
+    c.intermediate = intermediate;
+    c.layers = 2;
+    c.heads = 8;
+    c.kv_heads = 2;
+    c.head_dim = head_dim;
+    c.max_positions = positions;
+    c.rms_eps = 1e-5;
+    c.rope_theta = 10000;
+    c.bos_id = -1;
+    c.init_std = 0.15;
+    return c;
+}
+
 /* ---- one step by hand: a schedule over this rank's part of a global batch ---- */
 
 /* B sequences of T; targets < 0 do not count. */

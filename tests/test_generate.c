@@ -255,27 +255,12 @@ static llmpar_status talk_body(session *s, void *user)
     return status;
 }
 
-static llmpar_llama_config talk_config(llmpar_family family, int tied, int32_t hidden, int32_t intermediate, int32_t head_dim, int32_t vocab)
+static llmpar_llama_config config_that_ends(llmpar_family family, int tied, int32_t hidden, int32_t intermediate, int32_t head_dim, int32_t vocab)
 {
-    llmpar_llama_config c;
-    memset(&c, 0, sizeof c);
-    c.family = family;
-    c.tied = tied;
-    c.vocab = vocab;
-    c.hidden = hidden;
-    c.intermediate = intermediate;
-    c.layers = 2;
-    c.heads = 8;
-    c.kv_heads = 2;
-    c.head_dim = head_dim;
-    c.max_positions = POSITIONS;
-    c.rms_eps = 1e-5;
-    c.rope_theta = 10000;
-    c.bos_id = -1;
+    llmpar_llama_config c = talk_config(family, tied, hidden, intermediate, head_dim, vocab, POSITIONS);
     c.eos_count = 2;
     c.eos_id[0] = 7;
     c.eos_id[1] = 12;
-    c.init_std = 0.15;
     return c;
 }
 
@@ -301,7 +286,7 @@ TEST(text)
     for (int i = 0; i < 5; i++)
         for (int dtype = 0; dtype < 3; dtype++) {
             if (FEW && dtype != i % 3) continue;
-            llmpar_llama_config c = talk_config(cases[i].family, cases[i].tied, cases[i].hidden, cases[i].intermediate, cases[i].head_dim, cases[i].vocab);
+            llmpar_llama_config c = config_that_ends(cases[i].family, cases[i].tied, cases[i].hidden, cases[i].intermediate, cases[i].head_dim, cases[i].vocab);
             talk t = { cases[i].name, cases[i].prompt, 0, 0, 0, { { 0 } }, { 0 } };
             talk_everywhere(&t, &c, dtypes[dtype], cases[i].turns >> (dtype > 0) & 1);
         }
@@ -314,7 +299,7 @@ TEST(text_at_every_level)
     snprintf(keep, sizeof keep, "%s", given ? given : "");
     for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) for (int dtype = 0; dtype < 3; dtype++) {
         if (FEW && dtype != level % 3) continue;
-        llmpar_llama_config c = talk_config(LLMPAR_FAMILY_QWEN2, dtype & 1, 40, 80, 10, 61);
+        llmpar_llama_config c = config_that_ends(LLMPAR_FAMILY_QWEN2, dtype & 1, 40, 80, 10, 61);
         talk t = { llmpar_cpu_level_name((llmpar_cpu_level)level), 17, 0, 0, 0, { { 0 } }, { 0 } };
         setenv("LLMPAR_CPU", t.name, 1);
         talk_everywhere(&t, &c, dtypes[dtype], 1);
@@ -362,7 +347,7 @@ TEST(products_together)
         { "together", LLMPAR_FAMILY_LLAMA, 128, 256, 16, 2 }, { "gates apart for two", LLMPAR_FAMILY_QWEN3, 128, 208, 16, 2 }, { "biases apart", LLMPAR_FAMILY_QWEN2, 64, 96, 16, 4 }, { "biases together", LLMPAR_FAMILY_QWEN2, 64, 128, 32, 8 }, { "apart", LLMPAR_FAMILY_LLAMA, 36, 44, 6, 2 } };
     for (int i = 0; i < 5; i++)
         for (int tp = 1; tp <= 2; tp++) {
-            llmpar_llama_config c = talk_config(cases[i].family, i & 1, cases[i].hidden, cases[i].intermediate, cases[i].head_dim, 64);
+            llmpar_llama_config c = config_that_ends(cases[i].family, i & 1, cases[i].hidden, cases[i].intermediate, cases[i].head_dim, 64);
             talk t = { cases[i].name, 5, 0, tp, 0, { { 0 } }, { 0 } };
             job j = { .config = &c, .mesh = { .tp = tp }, .trainer = { .seq_len = POSITIONS, .dtype = dtypes[i % 3] }, .body = together_body, .user = &t };
             c.kv_heads = cases[i].kv_heads;

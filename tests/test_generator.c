@@ -411,27 +411,6 @@ static llmpar_status watch(session *s, void *user, llmpar_status (*body)(session
 }
 static llmpar_status talk_body(session *s, void *user) { return watch(s, user, talk_steps); }
 
-static llmpar_llama_config talk_config(llmpar_family family, int tied, int32_t hidden, int32_t head_dim, int32_t vocab, int32_t positions)
-{
-    llmpar_llama_config c;
-    memset(&c, 0, sizeof c);
-    c.family = family;
-    c.tied = tied;
-    c.vocab = vocab;
-    c.hidden = hidden;
-    c.intermediate = 2 * hidden;
-    c.layers = 2;
-    c.heads = 8;
-    c.kv_heads = 2;
-    c.head_dim = head_dim;
-    c.max_positions = positions;
-    c.rms_eps = 1e-5;
-    c.rope_theta = 10000;
-    c.bos_id = -1;
-    c.init_std = 0.15;
-    return c;
-}
-
 static void talk_everywhere(const char *name, const llmpar_llama_config *config, llmpar_dtype dtype, int32_t wrap)
 {
     static const llmpar_mesh_desc meshes[] = { { .tp = 1 }, { .tp = 2 }, { .dp_shard = 2 }, { .dp_shard = 2, .tp = 2 } };
@@ -453,7 +432,7 @@ TEST(texts_of_one_generator)
     for (int i = 0; i < 3; i++)
         for (int dtype = 0; dtype < 3; dtype++) {
             if (test_rounds(4) < 4 && dtype != i) continue;
-            llmpar_llama_config c = talk_config(cases[i].family, cases[i].tied, cases[i].hidden, cases[i].head_dim, cases[i].vocab, POSITIONS);
+            llmpar_llama_config c = talk_config(cases[i].family, cases[i].tied, cases[i].hidden, 2 * cases[i].hidden, cases[i].head_dim, cases[i].vocab, POSITIONS);
             talk_everywhere(cases[i].name, &c, dtypes[dtype], cases[i].wrap);
         }
 }
@@ -494,7 +473,7 @@ static llmpar_status turns(session *s, void *user)
 static llmpar_status turns_body(session *s, void *user) { return watch(s, user, turns); }
 TEST(what_stays_known)
 {
-    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 8, 64, 2 * POSITIONS);
+    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 64, 8, 64, 2 * POSITIONS);
     talk t = { .name = "turn by turn" };
     job j = { .config = &c, .mesh = { .tp = 2 }, .trainer = { .seq_len = c.max_positions }, .body = turns_body, .user = &t };
     launch_ok(&j);
@@ -536,7 +515,7 @@ static llmpar_status late_body(session *s, void *user) { return watch(s, user, l
 
 TEST(late_failures)
 {
-    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 8, 61, POSITIONS);
+    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 64, 8, 61, POSITIONS);
     talk t = { .name = "late" };
     job j = { .config = &c, .mesh = { .tp = 1 }, .trainer = { .seq_len = POSITIONS }, .body = late_body, .user = &t };
     for (int order = 0; order < 3; order++) {
@@ -554,7 +533,7 @@ TEST(late_failures)
 /* Prompts of more rows than go at once. */
 TEST(long_prompts)
 {
-    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 1, 32, 8, 61, LONG);
+    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 1, 32, 64, 8, 61, LONG);
     talk_everywhere("long", &c, LLMPAR_F32, 0);
 }
 
@@ -595,7 +574,7 @@ static llmpar_status refusals(session *s, void *user)
 
 TEST(what_is_refused)
 {
-    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 8, 61, POSITIONS);
+    llmpar_llama_config c = talk_config(LLMPAR_FAMILY_LLAMA, 0, 32, 64, 8, 61, POSITIONS);
     int something;
     job j = { .config = &c, .mesh = { .tp = 1 }, .trainer = { .seq_len = POSITIONS }, .body = refusals, .user = &something };
     launch_ok(&j);
