@@ -4,11 +4,37 @@
 
      bench_generate [--json FILE] [products|rows [ROWS N K DTYPE THREADS]]
      bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--texts N] [--profile]
-     bench_generate tokens --model M --dtype D --layout 1x1[tN] [--prompt N] [--tokens N] --serve     for bench/peers/generate.py */
+     bench_generate tokens --model M --dtype D --layout 1x1[tN] [--prompt N] [--tokens N] --serve [--ids FIRST]     for bench/peers/generate.py */
 #include "llmpar.h"
 
 #include "bench.h"
 #include "peak.h"
+
+/* ---- words of the command line ---- */
+
+static void refuse(const char *name, const char *text, const char *expected)
+{
+    fprintf(stderr, "bench_generate: %s \"%s\": expected %s\n", name, text, expected);
+    exit(2);
+}
+
+static int number_of(const char *name, const char *text, int least, int most)
+{
+    char expected[60], *end;
+    long value = strtol(text, &end, 10);
+    snprintf(expected, sizeof expected, "a whole number %d .. %d", least, most);
+    if (end == text || *end || value < least || value > most) refuse(name, text, expected);
+    return (int)value;
+}
+
+static llmpar_dtype dtype_of(const char *text)
+{
+    static const llmpar_dtype all[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(text, llmpar_dtype_name(all[i]))) return all[i];
+    refuse("--dtype", text, "f32, bf16 or f16");
+    return LLMPAR_F32;
+}
 
 /* ---- products of few rows ---- */
 
@@ -118,14 +144,21 @@ static llmpar_device *open_device(llmpar_heap *heap, llmpar_error *error, int th
 static void products(bench_results *results, int argc, char **argv)
 {
     static const int64_t shapes[][2] = { { 2048, 8192 }, { 4096, 4096 }, { 32000, 768 } };
-    for (int threads = 1; threads <= bench_cores(); threads = threads == 1 && bench_cores() > 1 ? bench_cores() : bench_cores() + 1) {
+    int number[5] = { 0 };
+    llmpar_dtype dtype = LLMPAR_F32;
+    if (argc && argc != 5) refuse("arguments", argv[0], "none or ROWS N K DTYPE THREADS");
+    for (int i = 0; i < argc; i++) {
+        static const char *const names[] = { "ROWS", "N", "K", "DTYPE", "THREADS" };
+        if (i == 3) dtype = dtype_of(argv[i]);
+        else number[i] = number_of(names[i], argv[i], 1, i < 3 ? 1 << 20 : bench_cores());
+    }
+    for (int threads = argc ? number[4] : 1; threads <= bench_cores(); threads = !argc && threads == 1 && bench_cores() > 1 ? bench_cores() : bench_cores() + 1) {
         llmpar_heap heap;
         llmpar_error error;
         llmpar_device *device = open_device(&heap, &error, threads);
         bench_memory_of memory = bench_memory(512, threads);
         if (argc == 5) {
-            llmpar_dtype dtype = !strcmp(argv[3], "bf16") ? LLMPAR_BF16 : !strcmp(argv[3], "f16") ? LLMPAR_F16 : LLMPAR_F32;
-            if (atoi(argv[4]) == threads) for (int pieces = 1; pieces <= 8; pieces += 7) product_line(results, device, &memory, threads, atoi(argv[0]), atoi(argv[1]), atoi(argv[2]), pieces, dtype);
+            for (int pieces = 1; pieces <= 8; pieces += 7) product_line(results, device, &memory, threads, number[0], number[1], number[2], pieces, dtype);
         } else
             for (int half = 0; half < 2; half++)
                 for (int shape = 0; shape < 3; shape++)
@@ -137,7 +170,7 @@ static void products(bench_results *results, int argc, char **argv)
 
 /* ---- whole tokens ---- */
 
-enum { MOST_TOKENS = 64, MOST_RANKS = 8, MOST_KINDS = 24, MOST_TEXTS = 16, PROMPTS = 7 /* readings of a prompt of more than 16 */ };
+enum { MOST_TOKENS = 64, MOST_RANKS = 8, MOST_KINDS = 24, MOST_TEXTS = 16, MOST_PROMPT = 1 << 20, PROMPTS = 7 /* readings of a prompt of more than 16 */ };
 
 typedef struct kind { const char *name; long calls; double seconds; } kind;
 
@@ -156,7 +189,7 @@ typedef struct generation {
     llmpar_llama_config config;
     const char *model, *level;
     llmpar_dtype dtype;
-    int ranks, threads, prompt, tokens, texts, profile, serve;
+    int ranks, threads, prompt, tokens, texts, profile, serve, first /* --ids, or -1 */;
     enum bench_kind peak;
     rank rank[MOST_RANKS];
 } generation;
@@ -248,10 +281,12 @@ static llmpar_status reply_token(void *user, int32_t id)
     return LLMPAR_OK;
 }
 
-/* bench/peers/generate.py: each line "step" on stdin is one reply. The answer: seconds to its first token, of a token behind it (median), of all, with what the caller waits for behind the last token. The weights are
-   loaded and laid out once, as a peer's are; each prompt begins with another id, so that nothing of the one before is known. Nothing is sampled meanwhile. */
-static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_generate_desc *desc, int32_t *prompt, int32_t *ids)
+/* bench/peers/generate.py: each line "step" on stdin is one reply, until the input ends. The answer: seconds to its first token, of a token behind it (median), of all, with what the caller waits for behind the last token.
+   The weights are loaded and laid out once, as a peer's are; each prompt begins with another id, so that nothing of the one before is known. Nothing is sampled meanwhile. With --ids the first prompt begins with that one, and
+   an answer ends with the ids of the reply. */
+static llmpar_status serve(llmpar_ctx *ctx, llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_generate_desc *desc, int32_t *prompt, int32_t *ids)
 {
+    int32_t vocab = llmpar_llama_get_config(model)->vocab;
     char line[100];
     const char *ready = "ready ";
     reply r;
@@ -260,18 +295,23 @@ static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_genera
     llmpar_status status = llmpar_generator_create(model, fsdp, &wanted, &generator);
     desc->on_token = reply_token;
     desc->user = &r;
+    prompt[0] = job->first < 0 ? 1 : job->first;
     while (!status) {
         double start = bench_now(), seconds[MOST_TOKENS];
         int32_t made = 0;
         r.tokens = 0;
-        prompt[0] = (prompt[0] + 1) % llmpar_llama_get_config(model)->vocab;
         status = llmpar_generator_run(generator, desc, 1, &ids, &made);
         if (status) break;
         for (int i = 0; i + 1 < r.tokens; i++) seconds[i] = r.at[i + 1] - r.at[i];
-        printf("%s%.6f %.6f %.6f\n", ready, r.at[0] - start, bench_median(seconds, r.tokens - 1), bench_now() - start);
+        printf("%s%.6f %.6f %.6f", ready, r.at[0] - start, bench_median(seconds, r.tokens - 1), bench_now() - start);
+        for (int32_t i = 0; i < made && job->first >= 0; i++) printf(" %d", (int)ids[i]);
+        printf("\n");
         fflush(stdout);
         ready = "";
-        if (!fgets(line, sizeof line, stdin) || strncmp(line, "step", 4)) break;
+        prompt[0] = (prompt[0] + 1) % vocab;
+        if (!fgets(line, sizeof line, stdin)) break;
+        line[strcspn(line, "\n")] = 0;
+        if (strcmp(line, "step")) status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "--serve: line \"%s\", expected \"step\"", line);
     }
     llmpar_status end = llmpar_generator_destroy(generator);
     return status ? status : end;
@@ -316,7 +356,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     job = g;
     if (!prompt) return LLMPAR_ERR_MEMORY;
     for (int i = 0; i < g->prompt; i++) prompt[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)g->config.vocab);
-    self->memory = bench_memory(256, g->threads);
+    if (!g->serve) self->memory = bench_memory(256, g->threads);
     real = *ctx->device;
     memset(&mesh_desc, 0, sizeof mesh_desc);
     memset(&model_desc, 0, sizeof model_desc);
@@ -337,7 +377,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     desc.prompt_count = g->prompt;
     desc.tokens = g->tokens;
     if (g->serve) {
-        if (!status) status = serve(model, fsdp, &desc, prompt, ids);
+        if (!status) status = serve(ctx, model, fsdp, &desc, prompt, ids);
         goto out;
     }
 #define SLOT(name) ctx->device->name = generate_##name;
@@ -421,31 +461,48 @@ static void generate(bench_results *results, generation *g)
 
 static void options(int argc, char **argv, generation *g, const char **model, const char **dtype, const char **layout)
 {
+    llmpar_cpu_level level;
     for (int i = 0; i < argc; i++) {
         const char *name = argv[i], *value = argv[i + 1];
         if (!strcmp(name, "--profile")) { g->profile = 1; continue; }
         if (!strcmp(name, "--serve")) { g->serve = 1; continue; }
+        if (strncmp(name, "--", 2)) { fprintf(stderr, "bench_generate: unexpected argument \"%s\"\n", name); exit(2); }
         if (!value) { fprintf(stderr, "bench_generate: %s: expected a value\n", name); exit(2); }
         if (!strcmp(name, "--model")) *model = value;
         else if (!strcmp(name, "--dtype")) *dtype = value;
         else if (!strcmp(name, "--layout")) *layout = value;
         else if (!strcmp(name, "--level")) g->level = value;
-        else if (!strcmp(name, "--prompt")) g->prompt = atoi(value);
-        else if (!strcmp(name, "--tokens")) g->tokens = atoi(value);
-        else if (!strcmp(name, "--texts")) g->texts = atoi(value);
+        else if (!strcmp(name, "--prompt")) g->prompt = number_of(name, value, 1, MOST_PROMPT);
+        else if (!strcmp(name, "--tokens")) g->tokens = number_of(name, value, 3, MOST_TOKENS);
+        else if (!strcmp(name, "--texts")) g->texts = number_of(name, value, 1, MOST_TEXTS);
+        else if (!strcmp(name, "--ids")) g->first = number_of(name, value, 0, INT32_MAX);
         else { fprintf(stderr, "bench_generate: unexpected argument \"%s\"\n", name); exit(2); }
         i++;
     }
-    if (g->texts < 1 || g->texts > MOST_TEXTS || (g->serve && g->texts > 1)) { fprintf(stderr, "bench_generate: expected 1 to %d texts, and 1 with --serve\n", (int)MOST_TEXTS); exit(2); }
-    if (g->tokens < 3 || g->tokens > MOST_TOKENS || g->prompt < 1) { fprintf(stderr, "bench_generate: expected 3 to %d tokens and a prompt of at least 1\n", (int)MOST_TOKENS); exit(2); }
+    if (!llmpar_cpu_level_parse(g->level, &level)) refuse("--level", g->level, "portable, avx2, avx512 or avx512bf16");
+    if (g->serve && g->texts > 1) { fprintf(stderr, "bench_generate: --texts %d with --serve: expected 1\n", g->texts); exit(2); }
+    if (g->first >= 0 && !g->serve) { fprintf(stderr, "bench_generate: --ids: expected --serve with it\n"); exit(2); }
+}
+
+/* What the command line asks for has to fit; of what a run without options has, what does not is left out (0). */
+static int layout_of(generation *g, const char *text, int asked)
+{
+    int used = 0;
+    g->ranks = g->threads = 1;
+    if (strcmp(text, "1x1") && (sscanf(text, "1x1t%d%n", &g->threads, &used) != 1 || text[used]) && (sscanf(text, "tp%d%n", &g->ranks, &used) != 1 || text[used])) refuse("--layout", text, "1x1, 1x1tN or tpN");
+    if (g->ranks < 1 || g->ranks > MOST_RANKS || g->threads < 1 || g->threads > BENCH_MOST_THREADS) refuse("--layout", text, "1 to 8 ranks, 1 to 64 threads");
+    if (g->ranks * g->threads <= bench_cores()) return 1;
+    if (asked) { fprintf(stderr, "bench_generate: --layout %s: expected at most the %d processors that there are\n", text, bench_cores()); exit(2); }
+    return 0;
 }
 
 /* The shape of TinyLlama 1.1B. */
 static void shape_of(const char *model, llmpar_llama_config *c)
 {
     llmpar_error error;
+    llmpar_error_clear(&error);
     if (strcmp(model, "1.1b")) {
-        if (llmpar_llama_preset(model, c, &error)) { fprintf(stderr, "bench_generate: %s\n", error.text); exit(2); }
+        if (llmpar_llama_preset(model, c, &error)) { fprintf(stderr, "bench_generate: --model: %s\n", error.text); exit(2); }
         if (c->max_positions < 4096) c->max_positions = 4096;
         return;
     }
@@ -475,6 +532,7 @@ int main(int argc, char **argv)
     g.prompt = 256;
     g.texts = 1;
     g.tokens = 40;
+    g.first = -1;
     g.level = llmpar_cpu_level_name(llmpar_cpu_best_level());
     options(argc - (what ? 2 : 1), argv + (what ? 2 : 1), &g, &model, &dtype, &layout);
     if (g.serve && (!model || !dtype || !layout || strncmp(layout, "1x1", 3))) { fprintf(stderr, "bench_generate: --serve: expected one --model, --dtype and --layout 1x1 or 1x1tN with it\n"); return 2; }
@@ -485,12 +543,10 @@ int main(int argc, char **argv)
                 if ((model && m) || (dtype && d) || (layout && l)) continue;
                 g.model = shape;
                 shape_of(shape, &g.config);
-                g.dtype = !strcmp(type, "bf16") ? LLMPAR_BF16 : !strcmp(type, "f16") ? LLMPAR_F16 : LLMPAR_F32;
-                g.ranks = !strncmp(form, "tp", 2) ? atoi(form + 2) : 1;
-                g.threads = !strncmp(form, "1x1t", 4) ? atoi(form + 4) : 1;
+                if (g.first >= g.config.vocab) { fprintf(stderr, "bench_generate: --ids %d: expected less than the vocabulary of %s, %d\n", g.first, shape, (int)g.config.vocab); return 2; }
+                g.dtype = dtype_of(type);
                 g.peak = bench_fma_kind(g.level, g.dtype == LLMPAR_BF16);
-                if (g.ranks < 1 || g.ranks > MOST_RANKS || g.threads < 1) { fprintf(stderr, "bench_generate: layout %s, expected 1x1, 1x1tN or tpN\n", form); return 2; }
-                if (g.ranks * g.threads > bench_cores()) continue;
+                if (!layout_of(&g, form, layout != NULL)) continue;
                 generate(&results, &g);
             }
     bench_close(&results);

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """A reply generated here and in what one would take instead: the same shape, random weights, prompt, tokens, precision and threads, greedy, reply by reply in turns, in one run.
 
-  bench/peers/generate.py [--models 110m,1.1b] [--dtypes f32,bf16] [--threads 1,2] [--prompt 256] [--tokens 64] [--rounds 5] [--peers llama.cpp,transformers] [--json FILE]
+  bench/peers/generate.py [--models 110m,1.1b|tiny] [--dtypes f32,bf16] [--threads 1,2] [--prompt 256] [--tokens 64] [--rounds 5] [--peers llama.cpp,transformers] [--json FILE]
 
   llama.cpp     through llama-cpp-python, built for this processor; weights F32 or BF16 in a GGUF file of random numbers (package gguf) under --directory; its cache as
                 by default (f16) and in the precision of the weights; flash attention on or off, whichever is faster here
   transformers  LlamaForCausalLM on PyTorch
 
-PYTHON is the interpreter that has them (default: this one). A peer that is not there, or fails, is skipped by name; exit code 1 where ours fails, or nothing could be compared. Rates: prompt tokens a second to
+PYTHON is the interpreter that has them (default: this one). A peer that is not there, or fails, is skipped by name; where nobody is left, ours is read alone. Exit code 1 where ours fails, or nothing could be compared. Rates: prompt tokens a second to
 the first token, tokens a second behind it (median of a reply), and those of the whole reply, prompt and all. Ratios, ours of theirs, are of neighbours: median over the rounds of (a peer's seconds / the mean of
 ours before and after)."""
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import tempfile
 import time
 
 # vocabulary, hidden, intermediate, layers, heads, kv heads, head dim, tied: as in bench/bench_generate.c
-SHAPES = {"110m": (32000, 768, 2048, 12, 12, 12, 64, 1), "1.1b": (32000, 2048, 5632, 22, 32, 4, 64, 0)}
+SHAPES = {"tiny": (256, 128, 384, 4, 8, 4, 16, 0), "110m": (32000, 768, 2048, 12, 12, 12, 64, 1), "1.1b": (32000, 2048, 5632, 22, 32, 4, 64, 0)}
 MEASURES = ("prompt tokens", "tokens", "reply")
+DTYPES, PEERS = ("f32", "bf16"), ("llama.cpp", "transformers")
 
 
 # ---- a peer's own process ----
@@ -89,26 +91,22 @@ def write_gguf(path, model, dtype):
 # ---- turns ----
 
 def side_class():
-    from run import Side
+    from run import Side, seconds_of
 
     class Reply(Side):
         """One program that makes replies on request: `seconds` holds the three of each."""
 
-        def read(self):
-            words = self.process.stdout.readline().replace("ready ", "").split()
-            if len(words) < 3 or not words[0].replace(".", "").isdigit():
-                self.failed = (self.process.stderr.read().strip().splitlines() or ["ended without a word"])[-1]
-                self.process.wait()
-                return None
+        def answer(self, words):
+            first, token, whole = (seconds_of(words[i]) for i in range(3))
             if len(words) > 3:
                 self.name += " (" + " ".join(words[3:]) + ")"
-            return tuple(float(word) for word in words[:3])
+            return first, token, whole
 
     return Reply
 
 
 def run(options, python, file, model, dtype, threads, rows):
-    from run import HERE, ROOT, quartiles, take_turns
+    from run import ROOT, quartiles, take_turns
     Side = side_class()
     rest = [str(options.prompt), str(options.tokens), str(threads)]
     us = Side("llmpar", [os.path.join(ROOT, "build/bench/bench_generate"), "tokens", "--model", model, "--dtype", dtype, "--layout", f"1x1t{threads}", "--prompt", rest[0], "--tokens", rest[1], "--serve"])
@@ -119,10 +117,15 @@ def run(options, python, file, model, dtype, threads, rows):
         if not side.wait_ready():
             print(f"  {side.name}: skipped: {side.failed}", flush=True)
     ratios = take_turns(us, others, options.rounds, lambda theirs, before, after: [2 * t / (b + a) for t, b, a in zip(theirs, before, after)])
-    if us.failed and ratios:
+    if us.failed and us.ready:
         print(f"  {us.name}: failed in a reply: {us.failed}", flush=True)
         ratios = {}
     counts = (options.prompt, 1, options.tokens)
+    head = f"{model} {dtype} {options.prompt} + {options.tokens}, {threads} thread{'s' if threads > 1 else ''}"
+    for m, measure in enumerate(MEASURES if us.ready and not us.failed and not any(side.ready for side in others) else ()):
+        row = {"name": f"{head}: {measure}", "value": counts[m] / statistics.median(s[m] for s in us.seconds), "unit": "1/s"}
+        rows.append(row)
+        print(f"  {row['name']:<88} {row['value']:8.1f} /s", flush=True)
     for side in others:
         if side.ready is False and side.name in ratios:
             print(f"  {side.name}: failed in a reply: {side.failed}", flush=True)
@@ -131,7 +134,7 @@ def run(options, python, file, model, dtype, threads, rows):
             mine, theirs = (counts[m] / statistics.median(s[m] for s in x.seconds) for x in (us, side))
             values = [r[m] for r in ratios[side.name]]
             ratio, (bad, good) = statistics.median(values), quartiles(values)
-            row = {"name": f"{model} {dtype} {options.prompt} + {options.tokens}, {threads} thread{'s' if threads > 1 else ''}: {measure}, beside {side.name}", "value": mine, "unit": "1/s", "bound": theirs, "of": side.name, "ratio": round(ratio, 4), "quartiles": [round(bad, 4), round(good, 4)]}
+            row = {"name": f"{head}: {measure}, beside {side.name}", "value": mine, "unit": "1/s", "bound": theirs, "of": side.name, "ratio": round(ratio, 4), "quartiles": [round(bad, 4), round(good, 4)]}
             rows.append(row)
             print(f"  {row['name']:<88} {mine:8.1f} of {theirs:8.1f} /s {ratio:5.2f} x ({bad:.2f} .. {good:.2f})", flush=True)
     for side in [us] + others:
@@ -149,16 +152,35 @@ def versions(python):
     return found
 
 
+def words_of(expected):
+    """Words separated by commas, all of them expected ones."""
+    def parse(text):
+        words = text.split(",")
+        for word in words:
+            if word not in expected:
+                raise argparse.ArgumentTypeError(f'"{word}", expected {", ".join(expected)}')
+        return words
+    return parse
+
+
+def number_of(least, most):
+    def parse(text):
+        if not text.isdigit() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f'"{text}", expected a whole number {least} .. {most}')
+        return int(text)
+    return parse
+
+
 def main():
-    from run import ROOT, write_json
+    from run import CORES, ROOT, write_json
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="110m,1.1b")
-    parser.add_argument("--dtypes", default="f32,bf16")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", default="llama.cpp,transformers")
+    parser.add_argument("--models", type=words_of(tuple(SHAPES)), default="110m,1.1b")
+    parser.add_argument("--dtypes", type=words_of(DTYPES), default="f32,bf16")
+    parser.add_argument("--threads", type=lambda text: [number_of(1, CORES)(word) for word in text.split(",")], default="1,2" if CORES > 1 else "1")
+    parser.add_argument("--prompt", type=number_of(1, 4032), default=256)
+    parser.add_argument("--tokens", type=number_of(3, 64), default=64)
+    parser.add_argument("--rounds", type=number_of(1, 1000), default=5)
+    parser.add_argument("--peers", type=words_of(PEERS), default="llama.cpp,transformers")
     parser.add_argument("--directory", help="of the GGUF file, which is removed again (default: the one for temporary files)")
     parser.add_argument("--json", default=os.environ.get("BENCH_JSON"))
     parser.add_argument("--gguf", nargs=3, metavar=("FILE", "MODEL", "DTYPE"), help="write FILE and end")
@@ -168,10 +190,16 @@ def main():
     if not os.path.exists(os.path.join(ROOT, "build/bench/bench_generate")):
         sys.exit("bench/peers/generate.py: build/bench/bench_generate is missing: make build/bench/bench_generate")
     python, rows, failed = os.environ.get("PYTHON", sys.executable), [], False
+    if not shutil.which(python):
+        parser.error(f'PYTHON: "{python}", expected an interpreter')
+    if options.directory and not os.path.isdir(options.directory):
+        parser.error(f'argument --directory: "{options.directory}", expected a directory')
+    if options.json and (os.path.isdir(options.json) or not os.path.isdir(os.path.dirname(options.json) or ".")):
+        parser.error(f'argument --json: "{options.json}", expected a file in a directory that is there')
     found = versions(python)
     print("  ".join(f"{name} {version}" for name, version in found.items()), flush=True)
-    for model in options.models.split(","):
-        for dtype in options.dtypes.split(","):
+    for model in options.models:
+        for dtype in options.dtypes:
             with tempfile.TemporaryDirectory(dir=options.directory) as directory:
                 file = os.path.join(directory, "random.gguf") if "llama.cpp" in options.peers else None
                 if file:
@@ -179,11 +207,11 @@ def main():
                     if done.returncode:
                         print(f"  llama.cpp: skipped: no GGUF file: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
                         file = None
-                for threads in options.threads.split(","):
-                    failed = run(options, python, file, model, dtype, int(threads), rows) is not None or failed
+                for threads in options.threads:
+                    failed = run(options, python, file, model, dtype, threads, rows) is not None or failed
     if options.json:
         write_json(options.json, rows, **found)
-    sys.exit(failed or not rows)
+    sys.exit(failed or not any("bound" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ at once (VmHWM, added up), their libraries included; ours without the libraries 
 import argparse
 import datetime
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -34,33 +36,52 @@ def children(pid):
     return found
 
 
+def seconds_of(word):
+    value = float(word)
+    if not 0 < value < math.inf:
+        raise ValueError(word)
+    return value
+
+
 class Side:
     """One program that makes steps on request."""
 
     def __init__(self, name, command, env=None):
         self.name, self.seconds, self.loss, self.failed, self.device_memory = name, [], [], None, None
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, env=dict(os.environ, **(env or {})))
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would be full some day
+        env = {name: value for name, value in dict(os.environ, **(env or {})).items() if name != "BENCH_JSON"}  # the results are ours to write
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=HERE, env=env)
         self.ready = False
+
+    def answer(self, words):
+        """What the words of an answer say; ValueError or IndexError: they are none."""
+        seconds, loss = seconds_of(words[0]), float(words[2])
+        if len(words) > 4:
+            self.device_memory = int(words[4])
+        self.loss.append(loss)
+        return seconds
 
     def read(self):
         line = self.process.stdout.readline()
-        words = line.replace("ready ", "").split()
-        if len(words) < 3:
-            self.failed = (self.process.stderr.read().strip().splitlines() or ["ended without a word"])[-1]
-            self.process.wait()
+        try:
+            return self.answer(line.replace("ready ", "", 1).split())
+        except (ValueError, IndexError):
+            self.end(killed=bool(line))
+            self.errors.seek(0)
+            said = self.errors.read().strip().splitlines()
+            self.failed = f'answered "{line.strip()}"' if line.strip() else said[-1] if said else "ended without a word"
             return None
-        self.loss.append(float(words[2]))
-        if len(words) > 4:
-            self.device_memory = int(words[4])
-        return float(words[0])
 
     def wait_ready(self):
         self.ready = self.read() is not None
         return self.ready
 
     def step(self):
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+        except OSError:  # it has ended: its last words say why
+            pass
         seconds = self.read()
         if seconds is not None:
             self.seconds.append(seconds)
@@ -75,10 +96,15 @@ class Side:
                 total += sum(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
         return total
 
-    def end(self):
-        if self.process.poll() is None:
+    def end(self, killed=False):
+        """It ends by itself where its input does."""
+        if killed:
+            self.process.kill()
+        try:
             self.process.stdin.close()
-            self.process.wait()
+        except OSError:  # a word that it never read
+            pass
+        self.process.wait()
 
 
 def ours(options, layout, level=None):
@@ -116,9 +142,9 @@ def have_torch():
 
 
 def take_turns(us, others, rounds, ratio):
-    """By name of the others: ratio(theirs, ours before, ours after) of each round. Who fails in one is no longer ready."""
+    """By name of the others: ratio(theirs, ours before, ours after) of each round. Who fails in one is no longer ready; where nobody is, ours goes on alone."""
     ratios = {side.name: [] for side in others if side.ready}
-    before = us.step() if us.ready and ratios else None
+    before = us.step() if us.ready else None
     for _ in range(rounds if before else 0):
         theirs = [(side, side.step()) for side in others if side.ready]
         after = us.step()
