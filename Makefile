@@ -110,6 +110,7 @@ $(MPI_EXAMPLES): build/%_mpi: examples/%.c build/examples/llmpar_mpi.o $(wildcar
 	@mkdir -p $(@D)
 	$(MPICC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -I. $< build/examples/llmpar_mpi.o -o $@ $(LDLIBS)
 
+build-bench: $(BENCHES)
 $(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o $(wildcard bench/*.h)
 	@mkdir -p $(@D)
 	$(CC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
@@ -575,7 +576,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: all help gen check-gen demo bench print-suite test test-separate test-header test-cxx test-asan test-tsan test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind test-exact \
+.PHONY: all help build-bench gen check-gen demo bench print-suite test test-separate test-header test-cxx test-asan test-tsan test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind test-exact \
 	test-cuda test-cuda-asan test-cuda-tsan test-cuda-plant check-cuda-memory run-check-cuda-memory run-gpu-small cuda check-cuda run-check-cuda test-nccl run-nccl-cuda test-nccl-asan test-nccl-tsan check-nccl print-nccl-home \
 	test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs clean FORCE

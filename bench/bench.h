@@ -8,10 +8,12 @@
      bench_ratio r = bench_pairs(bench_fma, &peak, work, &mine, 31);
 
    A program's results: bench_open() takes `--json FILE` out of the arguments, bench_row() prints a line of the table and keeps it, bench_close() writes
-   the file, in the end or never. */
+   the file, in the end or never. Every program answers `--help`, and refuses what it does not know with exit code 2 before anything runs. */
 #ifndef BENCH_H
 #define BENCH_H
 
+#include <errno.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -95,6 +97,42 @@ static inline bench_ratio bench_pairs(bench_rate bound, void *bound_user, bench_
     return r;
 }
 
+/* ---- the command line ---- */
+
+static const char *bench_program = "bench"; /* its name in messages */
+
+/* Ends the program: `name` (an option, an argument) with this value, and what was expected. */
+static inline void bench_refuse(const char *name, const char *text, const char *expected)
+{
+    fprintf(stderr, "%s: %s \"%s\": expected %s\n", bench_program, name, text, expected);
+    exit(2);
+}
+
+/* `text` is all of a whole number least .. most. */
+static inline long bench_number(const char *name, const char *text, long least, long most)
+{
+    char expected[80], *end;
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    snprintf(expected, sizeof expected, "a whole number %ld .. %ld", least, most);
+    if (end == text || *end || errno || value < least || value > most) bench_refuse(name, text, expected);
+    return value;
+}
+
+/* --help anywhere: prints the text, whose first line is the synopsis, and ends the program. Arguments: `most` at most, and no options; -1: the caller looks. */
+static inline void bench_usage(int argc, char **argv, const char *usage, int most)
+{
+    const char *slash = strrchr(argv[0], '/');
+    bench_program = slash ? slash + 1 : argv[0];
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+            printf("usage: %s", usage);
+            exit(0);
+        }
+    for (int i = 1; i < argc && most >= 0; i++)
+        if (i > most || !strncmp(argv[i], "--", 2)) bench_refuse("argument", argv[i], most ? "what --help says" : "none");
+}
+
 /* ---- results ---- */
 
 #ifndef BENCH_FLAGS
@@ -126,11 +164,12 @@ static inline void bench_ask(const char *command, const char *key, char *out, si
     else if (f) pclose(f);
 }
 
-/* part: "gemm". Removes `--json FILE` from the arguments; without it, BENCH_JSON of the environment, or no file. */
-static inline void bench_open(bench_results *r, const char *part, int *argc, char **argv)
+/* part: "gemm". Removes `--json FILE` from the arguments; without it, BENCH_JSON of the environment, or no file. usage, most: bench_usage. */
+static inline void bench_open(bench_results *r, const char *part, int *argc, char **argv, const char *usage, int most)
 {
     const char *file = getenv("BENCH_JSON");
     int kept = 1;
+    bench_usage(*argc, argv, usage, -1);
     memset(r, 0, sizeof *r);
     snprintf(r->part, sizeof r->part, "%s", part);
     for (int i = 0; i < *argc; i++) {
@@ -139,11 +178,12 @@ static inline void bench_open(bench_results *r, const char *part, int *argc, cha
     }
     for (int i = 1; i < *argc; i++)
         if (!strcmp(argv[i], "--json")) {
-            if (i + 1 == *argc) { fprintf(stderr, "bench: --json: expected a file name\n"); exit(2); }
+            if (i + 1 == *argc) bench_refuse("--json", "", "a file name");
             file = argv[++i];
         } else argv[kept++] = argv[i];
     *argc = kept;
     argv[kept] = NULL;
+    bench_usage(kept, argv, usage, most);
     if (file) snprintf(r->file, sizeof r->file, "%s", file);
 }
 

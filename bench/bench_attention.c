@@ -1,10 +1,16 @@
 /* bench_attention: causal attention, forward and backward, level by level, beside the arithmetic peak of that level (peak.h). FLOPs are counted causally:
-   2 T^2 E a head forward, 2.5 times that backward. One sequence; heads/kv heads; one thread does few of the heads, so that a run stays short.
-
-     bench_attention [--pairs N] [level [threads [T heads kv_heads E [f32 | bf16 | f16]]]] */
-#include "llmpar.h"
-
+   2 T^2 E a head forward, 2.5 times that backward. One sequence; heads/kv heads; one thread does few of the heads, so that a run stays short. */
+#include "cpu.h"
 #include "peak.h"
+
+static const char usage[] =
+    "bench_attention [--json FILE] [--pairs N] [LEVEL [THREADS [T HEADS KV_HEADS E [DTYPE]]]]\n"
+    "Without arguments: the table, every level of this processor, 1 and 2 threads.\n"
+    "  --json FILE   the table as JSON, too\n"
+    "  --pairs N     readings of a line (default 15)\n"
+    "  LEVEL         portable, avx2, avx512 or avx512bf16, as far as this processor has it\n"
+    "  THREADS       1 or 2\n"
+    "  T ..          one shape: positions, query heads, heads of keys and values, elements of a head; DTYPE f32, bf16 or f16\n";
 
 typedef struct work { llmpar_device *device; llmpar_attention_backward_args args; double flops; int backward; } work;
 
@@ -76,23 +82,22 @@ int main(int argc, char **argv)
 {
     static const int64_t shapes[][4] = { { 512, 12, 12, 64 }, { 512, 8, 2, 128 }, { 2048, 12, 12, 64 }, { 2048, 8, 2, 64 }, { 2048, 8, 2, 128 } }; /* T, heads, kv heads, E */
     llmpar_cpu_level only = LLMPAR_CPU_DEFAULT;
-    llmpar_dtype dtype = LLMPAR_DTYPE_DEFAULT;
+    static const char *const names[] = { "T", "HEADS", "KV_HEADS", "E" };
+    long shape[4] = { 0 };
     int pairs = 15, only_threads = 0;
     bench_results results;
-    bench_open(&results, "attention", &argc, argv);
-    if (argc > 2 && !strcmp(argv[1], "--pairs")) {
-        pairs = atoi(argv[2]);
+    bench_open(&results, "attention", &argc, argv, usage, -1);
+    if (argc > 1 && !strcmp(argv[1], "--pairs")) {
+        pairs = (int)bench_number("--pairs", argc > 2 ? argv[2] : "", 1, 1000);
         argv += 2;
         argc -= 2;
     }
-    if (pairs < 1 || (argc > 1 && !llmpar_cpu_level_parse(argv[1], &only)) || (argc > 2 && (only_threads = atoi(argv[2])) < 1) || (argc > 3 && argc < 7)) {
-        fprintf(stderr, "bench_attention: expected [--pairs N] [level [threads [T heads kv_heads E [f32 | bf16 | f16]]]], levels portable, avx2, avx512\n");
-        return 2;
-    }
-    if (argc > 7) {
-        dtype = !strcmp(argv[7], "f32") ? LLMPAR_F32 : !strcmp(argv[7], "bf16") ? LLMPAR_BF16 : !strcmp(argv[7], "f16") ? LLMPAR_F16 : LLMPAR_DTYPE_DEFAULT;
-        if (dtype == LLMPAR_DTYPE_DEFAULT) { fprintf(stderr, "bench_attention: \"%s\", expected f32, bf16 or f16\n", argv[7]); return 2; }
-    }
+    if (argc > 1) only = bench_level("LEVEL", argv[1]);
+    if (argc > 2) only_threads = (int)bench_number("THREADS", argv[2], 1, 2);
+    if ((argc > 3 && argc < 7) || argc > 8) bench_refuse("arguments", argv[3], "T HEADS KV_HEADS E [DTYPE], see --help");
+    for (int i = 3; i < argc && i < 7; i++) shape[i - 3] = bench_number(names[i - 3], argv[i], 1, i == 3 ? 1 << 16 : 1024);
+    if (argc > 3 && shape[1] % shape[2]) bench_refuse("HEADS", argv[4], "a multiple of KV_HEADS");
+    llmpar_dtype dtype = argc > 7 ? bench_dtype("DTYPE", argv[7]) : LLMPAR_F32;
     for (int threads = 1; threads <= (bench_cores() > 1 || only_threads > 1 ? 2 : 1); threads++) for (int level = (int)llmpar_cpu_best_level(); level >= (int)LLMPAR_CPU_PORTABLE; level--) {
         llmpar_heap heap;
         llmpar_error error;
@@ -110,7 +115,7 @@ int main(int argc, char **argv)
         desc.threads = threads;
         desc.processors = bench_places(threads);
         if (llmpar_cpu_create(&heap, &error, &desc, &device)) { fprintf(stderr, "bench_attention: %s\n", error.text); return 1; }
-        if (argc > 6) measure(&results, device, llmpar_cpu_level_name((llmpar_cpu_level)level), threads, atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), atoi(argv[6]), dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : dtype, pairs, 0);
+        if (argc > 6) measure(&results, device, llmpar_cpu_level_name((llmpar_cpu_level)level), threads, shape[0], shape[1], shape[2], shape[3], dtype, pairs, 0);
         else for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) for (int half = 0; half < 2; half++) {
             const int64_t *d = shapes[s], part = threads > 1 ? 1 : d[0] > 512 ? (d[2] > 2 ? 6 : 2) : 2, kv = d[2] / part > 0 ? d[2] / part : 1, heads = d[1] / d[2] * kv;
             if (level == (int)LLMPAR_CPU_PORTABLE && (half || d[0] > 512)) continue;

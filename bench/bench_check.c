@@ -1,7 +1,5 @@
 /* What check level 1 and the record cost a training step.
 
-     make build/bench/bench_check && build/bench/bench_check [steps]
-
    Two readings. Steps of one job (tiny model, 4 sequences of 256 tokens, 4 thread ranks as 2 x 2, ZeRO-3), with fingerprints and record in every second step and without them in the others: medians, and
    the median of the differences of neighbours. And the work alone: describing, entering, marking and fingerprinting one collective, times the collectives of a step, of the step's time. The second
    is the figure where a machine is busy: waiting ranks make neighbouring steps differ by more than what is measured. */
@@ -15,6 +13,11 @@
 #include <time.h>
 
 enum { MOST = 4000 };
+
+static const char usage[] =
+    "bench_check [STEPS]\n"
+    "What check level 1 and the record cost a training step of four ranks.\n"
+    "  STEPS   1 .. 4000 (default 100)\n";
 
 static llmpar_status bench_sequence(void *user, int64_t index, int32_t *tokens)
 {
@@ -108,10 +111,10 @@ static llmpar_status bench_rank(llmpar_ctx *ctx, void *user)
 
 int main(int argc, char **argv)
 {
-    int steps = argc > 1 ? atoi(argv[1]) : 100;
+    bench_usage(argc, argv, usage, 1);
+    int steps = argc > 1 ? (int)bench_number("STEPS", argv[1], 1, MOST) : 100;
     llmpar_launch_desc desc;
     llmpar_error error;
-    if (steps < 1 || steps > MOST) { fprintf(stderr, "bench_check: %d steps, expected 1 to %d\n", steps, MOST); return 2; }
     memset(&desc, 0, sizeof desc);
     desc.ranks = 4;
     if (llmpar_launch(&desc, bench_rank, &steps, &error)) { fprintf(stderr, "bench_check: %s\n", error.text); return 1; }

@@ -1,7 +1,5 @@
 /* Saving and loading a checkpoint, beside dd with fsync in the same place and run.
 
-     make build/bench/bench_checkpoint && build/bench/bench_checkpoint [DIRECTORY [MB [rounds]]]
-
    Two thread ranks share a model of two parameters, whose checkpoint (f32 parameters and two states of AdamW) is MB large (default 1024). Each round writes as much with dd (1 process, and 2 at once; the faster one is the bound), saves,
    and loads; medians. Saving is all of llmpar_checkpoint_save: checksums, syncs, manifest, rename. Loading is all of llmpar_checkpoint_load: every file is read for its checksum and for its numbers. */
 #define _DEFAULT_SOURCE 1
@@ -121,21 +119,26 @@ static llmpar_status bench_rank(llmpar_ctx *ctx, void *user)
     return status;
 }
 
+static const char usage[] =
+    "bench_checkpoint [DIRECTORY [MB [ROUNDS]]]\n"
+    "Saving and loading a checkpoint, beside dd with fsync in the same place and run.\n"
+    "  DIRECTORY   where the files are written, and removed again (default build)\n"
+    "  MB          size of the checkpoint, 16 or more (default 1024)\n"
+    "  ROUNDS      medians of so many (default 5)\n";
+
 int main(int argc, char **argv)
 {
     static bench_job job;
     char directory[1000], command[1100];
     llmpar_launch_desc launch;
     llmpar_error error;
-    long mb = argc > 2 ? atol(argv[2]) : 1024;
-    job.rounds = argc > 3 ? atoi(argv[3]) : 5;
+    bench_usage(argc, argv, usage, 3);
+    long mb = argc > 2 ? bench_number("MB", argv[2], 16, 1 << 20) : 1024;
+    job.rounds = argc > 3 ? (int)bench_number("ROUNDS", argv[3], 1, ROUNDS) : 5;
+    if (argc > 1 && (!argv[1][0] || strlen(argv[1]) > 900 || strchr(argv[1], '\''))) bench_refuse("DIRECTORY", argv[1], "a directory's name of at most 900 characters without apostrophes");
     snprintf(directory, sizeof directory, "%s/bench-checkpoint.%d", argc > 1 ? argv[1] : "build", (int)getpid());
     job.directory = directory;
     job.bytes = (int64_t)mb << 20;
-    if (mb < 16 || job.rounds < 1 || job.rounds > ROUNDS) {
-        fprintf(stderr, "usage: bench_checkpoint [DIRECTORY [MB, 16 or more [rounds, 1 .. %d]]]\n", ROUNDS);
-        return 2;
-    }
     snprintf(command, sizeof command, "mkdir '%s'", directory);
     bench_run(command);
     memset(&launch, 0, sizeof launch);

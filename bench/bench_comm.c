@@ -1,7 +1,5 @@
 /* bench_comm: the collectives of the rank threads beside Open MPI's between as many processes, in one run; and llmpar's MPI communicator beside the same MPI's own functions.
 
-     bench_comm [--json FILE] [--ranks N] [--own]     N: 2. --own: rank threads alone
-
    A reading: every rank rewrites its send buffer, all meet, and the call is timed on the rank where it takes longest; GB/s = size of the larger buffer / time. Readings of both sides take turns, so a machine
    that slows down slows both. The processes (peers/open_mpi.c) sleep in a pipe while the threads work, the threads while the processes do. Where mpirun or the peer program is missing the threads are measured alone. */
 #include "llmpar.h"
@@ -207,6 +205,13 @@ static llmpar_status comm_rank(llmpar_ctx *ctx, void *user)
     return st;
 }
 
+static const char usage[] =
+    "bench_comm [--json FILE] [--ranks N] [--own]\n"
+    "Collectives between rank threads, beside Open MPI's between processes where there is one.\n"
+    "  --json FILE   the table as JSON, too\n"
+    "  --ranks N     2 .. 64 (default 2)\n"
+    "  --own         rank threads alone\n";
+
 int main(int argc, char **argv)
 {
     bench_results results;
@@ -215,11 +220,13 @@ int main(int argc, char **argv)
     llmpar_launch_desc desc;
     llmpar_error error;
     int own = 0, ranks = 2;
-    bench_open(&results, "comm", &argc, argv);
+    bench_open(&results, "comm", &argc, argv, usage, -1);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--own")) own = 1;
-        else if (!strcmp(argv[i], "--ranks") && i + 1 < argc && atoi(argv[i + 1]) > 1) ranks = atoi(argv[++i]);
-        else { fprintf(stderr, "bench_comm: unexpected argument \"%s\"\n", argv[i]); return 2; }
+        else if (!strcmp(argv[i], "--ranks")) {
+            i++;
+            ranks = (int)bench_number("--ranks", i < argc ? argv[i] : "", 2, 64);
+        } else bench_refuse("argument", argv[i], "--ranks, --own or --json");
     }
     signal(SIGPIPE, SIG_IGN);
     bench.results = &results;

@@ -1,19 +1,27 @@
 /* bench_gemm: the matrix product beside the arithmetic peak of its dispatch level, taken before and after each run (bench.h, peak.h); one core, but for
-   the lines that say otherwise, and 8 exact pieces, but for those that compare with one.
-
-     bench_gemm [--json FILE] [LEVEL]                            the table, of the best level and of AVX2
-     bench_gemm [--json FILE] LEVEL KIND M N K [PIECES [DTYPE [THREADS]]]   one shape; KIND nt, nn or tn; DTYPE f32, bf16 or f16 */
-#include "llmpar.h"
-
+   the lines that say otherwise, and 8 exact pieces, but for those that compare with one. */
+#include "cpu.h"
 #include "peak.h"
 
+static const char usage[] =
+    "bench_gemm [--json FILE] [LEVEL [KIND M N K [PIECES [DTYPE [THREADS]]]]]\n"
+    "Without KIND: the table, of LEVEL, or of the best level and of AVX2.\n"
+    "  --json FILE   the table as JSON, too\n"
+    "  LEVEL         portable, avx2, avx512 or avx512bf16, as far as this processor has it\n"
+    "  KIND          nt (x w^T), nn (dy w) or tn (dy^T x)\n"
+    "  M N K         rows and columns of the result, and length of the sums\n"
+    "  PIECES        of each sum, 1 .. 64 (default 8)\n"
+    "  DTYPE         f32 (default), bf16 or f16\n"
+    "  THREADS       1 (default) or 2\n";
+
+enum { MOST_PIECES = 64 };
 static const char *const kind_names[] = { "?", "nt", "nn", "tn" };
 
 /* One product, ready to be run again and again. Its memory is one block, in which the first huge page begins the operands: so does a trainer's, where tensors lie in one large piece. */
 typedef struct product {
     llmpar_device *device;
     llmpar_gemm_args args;
-    llmpar_gemm_segment segments[64];
+    llmpar_gemm_segment segments[MOST_PIECES];
     void *memory;
     size_t bytes;
     double flops;
@@ -169,16 +177,20 @@ int main(int argc, char **argv)
 {
     bench_results results;
     llmpar_cpu_level level = llmpar_cpu_best_level();
-    bench_open(&results, "gemm", &argc, argv);
-    if (argc > 1 && !llmpar_cpu_level_parse(argv[1], &level)) { fprintf(stderr, "bench_gemm: expected portable, avx2, avx512 or avx512bf16, got %s\n", argv[1]); return 2; }
+    bench_open(&results, "gemm", &argc, argv, usage, 8);
+    if (argc > 1) level = bench_level("LEVEL", argv[1]);
+    if (argc > 2 && argc < 6) bench_refuse("arguments", argv[2], "KIND M N K, see --help");
     if (argc > 5) {
         cpu_of cpu;
+        int64_t size[3];
         int kind = 1;
-        llmpar_dtype dtype = argc > 7 && strcmp(argv[7], "f32") ? strcmp(argv[7], "bf16") ? LLMPAR_F16 : LLMPAR_BF16 : LLMPAR_F32;
         while (kind < 3 && strcmp(argv[2], kind_names[kind])) kind++;
-        if (strcmp(argv[2], kind_names[kind]) || (argc > 7 && strcmp(argv[7], llmpar_dtype_name(dtype)))) { fprintf(stderr, "bench_gemm: expected nt, nn or tn, and f32, bf16 or f16, got %s %s\n", argv[2], argc > 7 ? argv[7] : ""); return 2; }
-        cpu_begin(&cpu, level, argc > 8 ? atoi(argv[8]) : 1);
-        against_peak(&results, &cpu, (llmpar_gemm_kind)kind, dtype, atoll(argv[3]), atoll(argv[4]), atoll(argv[5]), argc > 6 ? atoi(argv[6]) : 8, 0);
+        if (strcmp(argv[2], kind_names[kind])) bench_refuse("KIND", argv[2], "nt, nn or tn");
+        for (int i = 0; i < 3; i++) size[i] = bench_number(i == 0 ? "M" : i == 1 ? "N" : "K", argv[3 + i], 1, 1 << 20);
+        int32_t pieces = argc > 6 ? (int32_t)bench_number("PIECES", argv[6], 1, MOST_PIECES) : 8;
+        llmpar_dtype dtype = argc > 7 ? bench_dtype("DTYPE", argv[7]) : LLMPAR_F32;
+        cpu_begin(&cpu, level, argc > 8 ? (int)bench_number("THREADS", argv[8], 1, 2) : 1);
+        against_peak(&results, &cpu, (llmpar_gemm_kind)kind, dtype, size[0], size[1], size[2], pieces, 0);
         llmpar_cpu_destroy(cpu.device);
     } else {
         table(&results, level, argc > 1 && level < LLMPAR_CPU_AVX512);

@@ -1,40 +1,27 @@
 /* bench_generate: what waits for memory when text is generated. First products of 1 to 16 rows, each with the next copy of its weights in 256 MB, far more than the caches, then whole tokens.
    Each beside the speed at which memory is read, measured right before and after; a product whose multiply-adds take longer at their peak than reading its weights, beside that peak.
-   Weights have interleaved rows, as while text is generated; `rows`: they lie as in training, as for short texts.
-
-     bench_generate [--json FILE] [products|rows [ROWS N K DTYPE THREADS]]
-     bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--texts N] [--profile]
-     bench_generate tokens --model M --dtype D --layout 1x1[tN] [--prompt N] [--tokens N] --serve [--ids FIRST]     for bench/peers/generate.py */
-#include "llmpar.h"
-
-#include "bench.h"
+   Weights have interleaved rows, as while text is generated; `rows`: they lie as in training, as for short texts. */
+#include "cpu.h"
 #include "peak.h"
 
-/* ---- words of the command line ---- */
-
-static void refuse(const char *name, const char *text, const char *expected)
-{
-    fprintf(stderr, "bench_generate: %s \"%s\": expected %s\n", name, text, expected);
-    exit(2);
-}
-
-static int number_of(const char *name, const char *text, int least, int most)
-{
-    char expected[60], *end;
-    long value = strtol(text, &end, 10);
-    snprintf(expected, sizeof expected, "a whole number %d .. %d", least, most);
-    if (end == text || *end || value < least || value > most) refuse(name, text, expected);
-    return (int)value;
-}
-
-static llmpar_dtype dtype_of(const char *text)
-{
-    static const llmpar_dtype all[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
-    for (int i = 0; i < 3; i++)
-        if (!strcmp(text, llmpar_dtype_name(all[i]))) return all[i];
-    refuse("--dtype", text, "f32, bf16 or f16");
-    return LLMPAR_F32;
-}
+static const char usage[] =
+    "bench_generate [--json FILE] [products|rows [ROWS N K DTYPE THREADS]]\n"
+    "       bench_generate [--json FILE] tokens [options]\n"
+    "Without arguments: the table of products, then whole tokens.\n"
+    "  products          products of few rows with interleaved weights; one of them: ROWS N K, f32, bf16 or f16, THREADS\n"
+    "  rows              the same with weights as they lie in training\n"
+    "  tokens            whole tokens, and prompts\n"
+    "  --model NAME      1.1b or a preset (default 110m, then 1.1b)\n"
+    "  --dtype TYPE      f32, bf16 (default both) or f16\n"
+    "  --layout LAYOUT   1x1, 1x1tN (N threads) or tpN (default 1x1, 1x1t2, tp2)\n"
+    "  --level LEVEL     portable, avx2, avx512 or avx512bf16, as far as this processor has it\n"
+    "  --prompt N        ids (default 256)\n"
+    "  --tokens N        behind them, 3 .. 64 (default 40)\n"
+    "  --texts N         at once, 1 .. 16 (default 1)\n"
+    "  --profile         what each kind of call takes\n"
+    "  --serve           a reply for each line \"step\", for bench/peers/generate.py; with one model, type and layout 1x1 or 1x1tN\n"
+    "  --ids FIRST       with --serve: the first prompt begins with this id, and answers end with the ids of the reply\n"
+    "  --json FILE       the table as JSON, too\n";
 
 /* ---- products of few rows ---- */
 
@@ -146,11 +133,11 @@ static void products(bench_results *results, int argc, char **argv)
     static const int64_t shapes[][2] = { { 2048, 8192 }, { 4096, 4096 }, { 32000, 768 } };
     int number[5] = { 0 };
     llmpar_dtype dtype = LLMPAR_F32;
-    if (argc && argc != 5) refuse("arguments", argv[0], "none or ROWS N K DTYPE THREADS");
+    if (argc && argc != 5) bench_refuse("arguments", argv[0], "none or ROWS N K DTYPE THREADS");
     for (int i = 0; i < argc; i++) {
         static const char *const names[] = { "ROWS", "N", "K", "DTYPE", "THREADS" };
-        if (i == 3) dtype = dtype_of(argv[i]);
-        else number[i] = number_of(names[i], argv[i], 1, i < 3 ? 1 << 20 : bench_cores());
+        if (i == 3) dtype = bench_dtype("DTYPE", argv[i]);
+        else number[i] = (int)bench_number(names[i], argv[i], 1, i < 3 ? 1 << 20 : bench_cores());
     }
     for (int threads = argc ? number[4] : 1; threads <= bench_cores(); threads = !argc && threads == 1 && bench_cores() > 1 ? bench_cores() : bench_cores() + 1) {
         llmpar_heap heap;
@@ -461,25 +448,23 @@ static void generate(bench_results *results, generation *g)
 
 static void options(int argc, char **argv, generation *g, const char **model, const char **dtype, const char **layout)
 {
-    llmpar_cpu_level level;
     for (int i = 0; i < argc; i++) {
-        const char *name = argv[i], *value = argv[i + 1];
+        const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(name, "--profile")) { g->profile = 1; continue; }
         if (!strcmp(name, "--serve")) { g->serve = 1; continue; }
-        if (strncmp(name, "--", 2)) { fprintf(stderr, "bench_generate: unexpected argument \"%s\"\n", name); exit(2); }
-        if (!value) { fprintf(stderr, "bench_generate: %s: expected a value\n", name); exit(2); }
+        if (strncmp(name, "--", 2)) bench_refuse("argument", name, "an option, see --help");
         if (!strcmp(name, "--model")) *model = value;
         else if (!strcmp(name, "--dtype")) *dtype = value;
         else if (!strcmp(name, "--layout")) *layout = value;
         else if (!strcmp(name, "--level")) g->level = value;
-        else if (!strcmp(name, "--prompt")) g->prompt = number_of(name, value, 1, MOST_PROMPT);
-        else if (!strcmp(name, "--tokens")) g->tokens = number_of(name, value, 3, MOST_TOKENS);
-        else if (!strcmp(name, "--texts")) g->texts = number_of(name, value, 1, MOST_TEXTS);
-        else if (!strcmp(name, "--ids")) g->first = number_of(name, value, 0, INT32_MAX);
-        else { fprintf(stderr, "bench_generate: unexpected argument \"%s\"\n", name); exit(2); }
+        else if (!strcmp(name, "--prompt")) g->prompt = (int)bench_number(name, value, 1, MOST_PROMPT);
+        else if (!strcmp(name, "--tokens")) g->tokens = (int)bench_number(name, value, 3, MOST_TOKENS);
+        else if (!strcmp(name, "--texts")) g->texts = (int)bench_number(name, value, 1, MOST_TEXTS);
+        else if (!strcmp(name, "--ids")) g->first = (int)bench_number(name, value, 0, INT32_MAX);
+        else bench_refuse("argument", name, "an option of --help");
         i++;
     }
-    if (!llmpar_cpu_level_parse(g->level, &level)) refuse("--level", g->level, "portable, avx2, avx512 or avx512bf16");
+    bench_level("--level", g->level);
     if (g->serve && g->texts > 1) { fprintf(stderr, "bench_generate: --texts %d with --serve: expected 1\n", g->texts); exit(2); }
     if (g->first >= 0 && !g->serve) { fprintf(stderr, "bench_generate: --ids: expected --serve with it\n"); exit(2); }
 }
@@ -489,8 +474,8 @@ static int layout_of(generation *g, const char *text, int asked)
 {
     int used = 0;
     g->ranks = g->threads = 1;
-    if (strcmp(text, "1x1") && (sscanf(text, "1x1t%d%n", &g->threads, &used) != 1 || text[used]) && (sscanf(text, "tp%d%n", &g->ranks, &used) != 1 || text[used])) refuse("--layout", text, "1x1, 1x1tN or tpN");
-    if (g->ranks < 1 || g->ranks > MOST_RANKS || g->threads < 1 || g->threads > BENCH_MOST_THREADS) refuse("--layout", text, "1 to 8 ranks, 1 to 64 threads");
+    if (strcmp(text, "1x1") && (sscanf(text, "1x1t%d%n", &g->threads, &used) != 1 || text[used]) && (sscanf(text, "tp%d%n", &g->ranks, &used) != 1 || text[used])) bench_refuse("--layout", text, "1x1, 1x1tN or tpN");
+    if (g->ranks < 1 || g->ranks > MOST_RANKS || g->threads < 1 || g->threads > BENCH_MOST_THREADS) bench_refuse("--layout", text, "1 to 8 ranks, 1 to 64 threads");
     if (g->ranks * g->threads <= bench_cores()) return 1;
     if (asked) { fprintf(stderr, "bench_generate: --layout %s: expected at most the %d processors that there are\n", text, bench_cores()); exit(2); }
     return 0;
@@ -523,19 +508,19 @@ int main(int argc, char **argv)
     static generation g;
     bench_results results;
     const char *model = NULL, *dtype = NULL, *layout = NULL, *what = NULL;
-    bench_open(&results, "generate", &argc, argv);
-    if (argc > 1 && argv[1][0] != '-') what = argv[1];
-    if (what && strcmp(what, "products") && strcmp(what, "rows") && strcmp(what, "tokens")) { fprintf(stderr, "bench_generate: unexpected argument \"%s\", expected products, rows or tokens\n", what); return 2; }
-    interleaved = !what || strcmp(what, "rows");
-    if (!what || strcmp(what, "tokens")) products(&results, what ? argc - 2 : 0, argv + 2);
-    if (what && strcmp(what, "tokens")) { bench_close(&results); return 0; }
+    bench_open(&results, "generate", &argc, argv, usage, -1);
+    if (argc > 1) what = argv[1];
+    if (what && strcmp(what, "products") && strcmp(what, "rows") && strcmp(what, "tokens")) bench_refuse("argument", what, "products, rows or tokens");
     g.prompt = 256;
     g.texts = 1;
     g.tokens = 40;
     g.first = -1;
     g.level = llmpar_cpu_level_name(llmpar_cpu_best_level());
-    options(argc - (what ? 2 : 1), argv + (what ? 2 : 1), &g, &model, &dtype, &layout);
+    if (what && !strcmp(what, "tokens")) options(argc - 2, argv + 2, &g, &model, &dtype, &layout);
     if (g.serve && (!model || !dtype || !layout || strncmp(layout, "1x1", 3))) { fprintf(stderr, "bench_generate: --serve: expected one --model, --dtype and --layout 1x1 or 1x1tN with it\n"); return 2; }
+    interleaved = !what || strcmp(what, "rows");
+    if (!what || strcmp(what, "tokens")) products(&results, what ? argc - 2 : 0, argv + 2);
+    if (what && strcmp(what, "tokens")) { bench_close(&results); return 0; }
     for (int m = 0; m < 2; m++)
         for (int d = 0; d < 2; d++)
             for (int l = 0; l < 3; l++) {
@@ -544,7 +529,7 @@ int main(int argc, char **argv)
                 g.model = shape;
                 shape_of(shape, &g.config);
                 if (g.first >= g.config.vocab) { fprintf(stderr, "bench_generate: --ids %d: expected less than the vocabulary of %s, %d\n", g.first, shape, (int)g.config.vocab); return 2; }
-                g.dtype = dtype_of(type);
+                g.dtype = bench_dtype("--dtype", type);
                 g.peak = bench_fma_kind(g.level, g.dtype == LLMPAR_BF16);
                 if (!layout_of(&g, form, layout != NULL)) continue;
                 generate(&results, &g);

@@ -1,7 +1,5 @@
 /* What saving and loading a Hugging Face directory reaches of writing and reading as many bytes in a row, in the same folder and run.
 
-     make build/bench/bench_model_io && build/bench/bench_model_io [folder [MiB]]        (default: . and 1024)
-
    2 thread ranks, ZeRO-3, f32; write() of 1 MiB at a time and one fsync, then read(), against llmpar_save_hf (which syncs as well) and llmpar_load_hf. Before reading, the page cache is asked to let go of the file.
    Rounds are interleaved, and the best of three counts on either side. */
 #define _DEFAULT_SOURCE 1
@@ -108,6 +106,12 @@ static llmpar_status bench_rank(llmpar_ctx *ctx, void *user)
     return status;
 }
 
+static const char usage[] =
+    "bench_model_io [FOLDER [MIB]]\n"
+    "Saving and loading a Hugging Face directory, beside writing and reading as many bytes in a row.\n"
+    "  FOLDER   where the files are written, and removed again (default .)\n"
+    "  MIB      size of the model, 200 or more (default 1024)\n";
+
 int main(int argc, char **argv)
 {
     setting s;
@@ -115,12 +119,10 @@ int main(int argc, char **argv)
     llmpar_error error;
     memset(&s, 0, sizeof s);
     memset(&desc, 0, sizeof desc);
+    bench_usage(argc, argv, usage, 2);
     s.folder = argc > 1 ? argv[1] : ".";
-    s.mib = argc > 2 ? strtol(argv[2], NULL, 10) : 1024;
-    if (argc > 3 || s.mib < 200 || s.mib > 1 << 20 || strlen(s.folder) > 500) {
-        fprintf(stderr, "usage: bench_model_io [folder [MiB, 200 or more]]\n");
-        return 2;
-    }
+    if (!s.folder[0] || strlen(s.folder) > 500) bench_refuse("FOLDER", s.folder, "a folder's name of at most 500 characters");
+    s.mib = argc > 2 ? bench_number("MIB", argv[2], 200, 1 << 20) : 1024;
     desc.ranks = 2;
     if (!llmpar_launch(&desc, bench_rank, &s, &error)) return 0;
     fprintf(stderr, "bench_model_io: %s\n", error.text);

@@ -1,11 +1,8 @@
 /* bench_ops: the operations that wait for memory, beside the triad a = b + s c on as many threads: bytes that have to move (each operand read once, each
    result written once) over time. The arrays of a call lie in memory, 200 MB and more behind those that were there before, and as many calls make a reading as move 12 MB; the worker threads are awake, as inside a step.
    Both sides do what they are read at before they are read, over more than a third-level cache of 32 MB: lines that a triad wrote would else be written back while the operation is read, and the triad would find a cache that takes all of its own.
-   "L2": the arrays stay in the second-level cache, on one thread, where arithmetic may be what limits, and so does the triad.
-
-     bench_ops [--json FILE] [level] [f32|bf16] [name of an operation] */
-#include "bench.h"
-#include "llmpar.h"
+   "L2": the arrays stay in the second-level cache, on one thread, where arithmetic may be what limits, and so does the triad. */
+#include "cpu.h"
 #include "peak.h"
 
 enum { DIM = 768, COLD_ROWS = 1024, WARM_ROWS = 24, POOL_MB = 256, LEAD_MB = 48, PAIRS = 21, VOCAB = 32000 };
@@ -196,19 +193,35 @@ static void ops_fill(char *pool, llmpar_dtype dtype)
     }
 }
 
+static const char usage[] =
+    "bench_ops [--json FILE] [LEVEL] [f32|bf16] [OPERATION]\n"
+    "Without arguments: the table, of every level but portable.\n"
+    "  --json FILE   the table as JSON, too\n"
+    "  LEVEL         portable, avx2, avx512 or avx512bf16, as far as this processor has it\n"
+    "  OPERATION     one line of the table, as \"swiglu backward\"\n";
+
 int main(int argc, char **argv)
 {
     bench_results results;
     llmpar_cpu_level only = LLMPAR_CPU_DEFAULT;
     const char *name = NULL, *type = NULL;
+    int only_f32 = 0;
     char *pool = NULL;
     float *w = (float *)calloc(3 * VOCAB, sizeof *w);
     int32_t *ids = (int32_t *)calloc(VOCAB, sizeof *ids);
-    bench_open(&results, "ops", &argc, argv);
+    bench_open(&results, "ops", &argc, argv, usage, 3);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "f32") || !strcmp(argv[i], "bf16")) type = argv[i];
-        else if (!llmpar_cpu_level_parse(argv[i], &only)) name = argv[i];
+        else if (llmpar_cpu_level_parse(argv[i], &only)) bench_level("LEVEL", argv[i]);
+        else {
+            int op = 0;
+            while (op < OPERATIONS && strcmp(argv[i], operation[op].name)) op++;
+            if (op == OPERATIONS) bench_refuse("argument", argv[i], "a level, f32, bf16 or the name of an operation, see --help");
+            name = argv[i];
+            only_f32 = operation[op].f32_only;
+        }
     }
+    if (only_f32 && type && strcmp(type, "f32")) bench_refuse(name, type, "f32, its only type");
     if (!w || !ids) return 1;
     pool = bench_memory(POOL_MB, 1).base;
     for (int i = 0; i < 3 * VOCAB; i++) w[i] = 1 + (float)(i % 17) / 16;

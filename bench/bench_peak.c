@@ -1,7 +1,5 @@
 /* bench_peak: what this machine can do at best: multiply-adds in registers alone, level by level, and bytes from memory; on one core and on all. Each is
-   the bound that some other part of the benchmark stands beside. Medians of slices of a millisecond, with their quartiles, because a shared machine's speed moves.
-
-     bench_peak [--json FILE] */
+   the bound that some other part of the benchmark stands beside. Medians of slices of a millisecond, with their quartiles, because a shared machine's speed moves. */
 #include "bench.h"
 #include "peak.h"
 
@@ -32,12 +30,16 @@ BENCH_WIDE static double peak_add_cached(void *user)
     return 3.0 * sizeof c->a * (double)times / seconds;
 }
 
+static const char usage[] =
+    "bench_peak [--json FILE]\n"
+    "Multiply-adds in registers and bytes from memory, on one core and on all.\n"
+    "  --json FILE   the table as JSON, too\n";
+
 int main(int argc, char **argv)
 {
     bench_results results;
     void *cached = NULL;
-    bench_open(&results, "peak", &argc, argv);
-    if (argc > 1) { fprintf(stderr, "bench_peak: unexpected argument \"%s\"\n", argv[1]); return 2; }
+    bench_open(&results, "peak", &argc, argv, usage, 0);
     if (posix_memalign(&cached, 4096, sizeof(peak_cached))) return 1;
     memset(cached, 0, sizeof(peak_cached));
     for (int threads = 1; threads <= bench_cores(); threads = threads == 1 && bench_cores() > 1 ? bench_cores() : bench_cores() + 1) {

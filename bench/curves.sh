@@ -1,6 +1,7 @@
 #!/bin/bash
 # The same training in f32, bf16 and f16 on real text: losses of every step as CSV, one picture, and the bar: at the end (mean of the last 10 steps) within 2 % of f32.
-#   bench/curves.sh FILE [STEPS] [OUT]      (default 200 steps, into build/curves/curves.csv and .svg)
+#   bench/curves.sh TEXT_FILE [STEPS] [OUT]      (default 200 steps, into build/curves/curves.csv and .svg)
+case $1 in -h | --help) sed -n '2,${/^#/!q;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
 data=$1 steps=${2:-200} out=${3:-build/curves/curves}
 [ -r "$data" ] || { echo "usage: bench/curves.sh TEXT_FILE [STEPS] [OUT]" >&2; exit 2; }
 cd "$(dirname "$0")/.." && make --no-print-directory -s build/train_llama || exit 1

@@ -1,10 +1,7 @@
 /* gpu_ops: the CUDA device, operation by operation, at the shapes of Llama-3.2-1B: those that memory limits beside the card's own copy, products in the exact order beside the library's, attention beside the library's square product.
 
-     gpu_ops [--small] [--cudnn] [--json FILE] [bf16|f32] [name of an operation]
-
    Bytes are those that have to move: each operand read once, each result written once. A reading is some milliseconds of one operation again and again on a stream, each time on other memory (more of it than the second-level cache
-   holds), from the first call to the end of the wait; the bound is read the same way before and after it (bench.h). Copy: device->copy of 256 MB, read and written counted. --cudnn: the library's attention beside ours (a build with
-   LLMPAR_USE_CUDNN). --small: a try-out, for the emulated device. */
+   holds), from the first call to the end of the wait; the bound is read the same way before and after it (bench.h). Copy: device->copy of 256 MB, read and written counted. */
 #include "bench.h"
 #include "llmpar_cuda.h"
 
@@ -498,6 +495,14 @@ static void gpu_close(gpu *g)
     llmpar_cuda_destroy(g->device);
 }
 
+static const char usage[] =
+    "gpu_ops [--small] [--cudnn] [--json FILE] [bf16|f32] [OPERATION]\n"
+    "The CUDA device, operation by operation, at the shapes of Llama-3.2-1B.\n"
+    "  --small       a try-out, for the emulated device\n"
+    "  --cudnn       the library's attention beside ours (a build with LLMPAR_USE_CUDNN)\n"
+    "  --json FILE   the table as JSON, too\n"
+    "  OPERATION     product, attention, or one line of the table, as \"rmsnorm backward\"\n";
+
 int main(int argc, char **argv)
 {
     bench_results results;
@@ -505,7 +510,7 @@ int main(int argc, char **argv)
     gpu exact, fast;
     const char *name = NULL, *type = NULL;
     int small = 0, cudnn = 0;
-    bench_open(&results, "gpu_ops", &argc, argv);
+    bench_open(&results, "gpu_ops", &argc, argv, usage, -1);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--small")) small = 1;
         else if (!strcmp(argv[i], "--cudnn")) cudnn = 1;
@@ -513,10 +518,7 @@ int main(int argc, char **argv)
         else {
             int known = !strcmp(argv[i], "product") || !strcmp(argv[i], "attention");
             for (int k = 0; k < OPERATIONS; k++) known |= !strcmp(argv[i], operation[k].name);
-            if (!known) {
-                fprintf(stderr, "gpu_ops: %s: expected --small, --cudnn, --json FILE, bf16, f32, product, attention or the name of an operation\n", argv[i]);
-                return 2;
-            }
+            if (!known) bench_refuse("argument", argv[i], "--small, --cudnn, --json, bf16, f32, product, attention or the name of an operation, see --help");
             name = argv[i];
         }
     }

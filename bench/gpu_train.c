@@ -1,9 +1,6 @@
 /* gpu_train: a training step of a Llama on one GPU: tokens a second, TFLOP/s, MFU, memory by tag.
 
-     gpu_train [--model 1b] [--seq 2048,8192] [--tokens 16384] [--dtype bf16] [--mode fast|exact] [--graphs] [--cudnn] [--steps 10] [--json FILE]
-     gpu_train --model M --seq T --tokens N ... --serve     for bench/peers/run.py
-
-   --tokens: of a step; the batch is tokens / seq. FLOPs are 6 N + 12 L H E T a token: attention counts as if it were not causal. They stand beside two bounds: what a square product of the same type reached on
+   FLOPs are 6 N + 12 L H E T a token: attention counts as if it were not causal. They stand beside two bounds: what a square product of the same type reached on
    this card, before and after each step (8,192 rows and columns, random numbers), and the data sheet's dense rate, where the card is known. Plain order (exact = off) in FAST mode, as the other side of the comparison has.
    bench/gpu_train builds and runs it, and PyTorch beside it. */
 #include "llmpar_cuda.h"
@@ -209,17 +206,25 @@ static llmpar_status run(llmpar_ctx *ctx, void *user)
 
 /* ---- options ---- */
 
-static int fail(const char *option, const char *text, const char *expected)
-{
-    fprintf(stderr, "gpu_train: %s: expected %s, got \"%s\"\n", option, expected, text);
-    exit(2);
-}
+static const char usage[] =
+    "gpu_train [options]\n"
+    "  --model NAME       a preset (default 1b)\n"
+    "  --seq LIST         lengths (default 2048,8192)\n"
+    "  --tokens N         of a step (default 16384); the batch is tokens / seq\n"
+    "  --dtype TYPE       f32, bf16 (default) or f16\n"
+    "  --mode MODE        fast (default) or exact\n"
+    "  --graphs           captured steps are replayed\n"
+    "  --cudnn            the library's attention (a build with LLMPAR_USE_CUDNN)\n"
+    "  --steps N          1 .. 64 (default 10)\n"
+    "  --square N         rows of the square product that is the bound (default 8192)\n"
+    "  --serve            a step for each line \"step\", for bench/peers/run.py\n"
+    "  --json FILE        the table as JSON, too\n";
 
 static long number(const char *option, const char *text, char separator, const char **next)
 {
     char *end;
     long n = strtol(text, &end, 10);
-    if (n < 1 || n > 1 << 24 || (*end && *end != separator)) fail(option, text, "a whole number in range");
+    if (n < 1 || n > 1 << 24 || (*end && *end != separator)) bench_refuse(option, text, "a whole number 1 .. 16777216");
     if (next) *next = *end ? end + 1 : end;
     return n;
 }
@@ -232,7 +237,7 @@ int main(int argc, char **argv)
     llmpar_backend backend;
     llmpar_launch_desc launch;
     llmpar_error error;
-    bench_open(&results, "gpu_train", &argc, argv);
+    bench_open(&results, "gpu_train", &argc, argv, usage, -1);
     memset(&s, 0, sizeof s);
     memset(&launch, 0, sizeof launch);
     llmpar_error_clear(&error);
@@ -244,30 +249,29 @@ int main(int argc, char **argv)
     s.square = 8192;
     s.cuda.mode = LLMPAR_CUDA_FAST;
     for (int i = 1; i < argc; i++) {
-        const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
+        const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(option, "--serve")) { s.serve = 1; continue; }
         if (!strcmp(option, "--cudnn")) { s.cuda.cudnn = 1; continue; }
         if (!strcmp(option, "--graphs")) { s.graphs = 1; continue; }
-        if (strncmp(option, "--", 2)) fail("arguments", option, "an option");
-        if (!value) fail(option, "", "a value");
+        if (strncmp(option, "--", 2)) bench_refuse("argument", option, "an option, see --help");
         i++;
         if (!strcmp(option, "--model")) s.model = value;
         else if (!strcmp(option, "--seq")) seq = value;
         else if (!strcmp(option, "--tokens")) s.tokens = number(option, value, 0, NULL);
         else if (!strcmp(option, "--square")) s.square = number(option, value, 0, NULL);
-        else if (!strcmp(option, "--steps")) s.steps = (int)number(option, value, 0, NULL);
-        else if (!strcmp(option, "--dtype")) s.dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : !strcmp(value, "f16") ? LLMPAR_F16 : (llmpar_dtype)fail(option, value, "f32, bf16 or f16");
-        else if (!strcmp(option, "--mode")) s.cuda.mode = !strcmp(value, "fast") ? LLMPAR_CUDA_FAST : !strcmp(value, "exact") ? LLMPAR_CUDA_EXACT : (llmpar_cuda_mode)fail(option, value, "fast or exact");
-        else fail("arguments", option, "--model, --seq, --tokens, --dtype, --mode, --graphs, --cudnn, --steps, --square, --serve or --json");
+        else if (!strcmp(option, "--steps")) s.steps = (int)bench_number(option, value, 1, MOST_STEPS);
+        else if (!strcmp(option, "--dtype")) s.dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : !strcmp(value, "f16") ? LLMPAR_F16 : (bench_refuse(option, value, "f32, bf16 or f16"), LLMPAR_F16);
+        else if (!strcmp(option, "--mode")) s.cuda.mode = !strcmp(value, "fast") ? LLMPAR_CUDA_FAST : !strcmp(value, "exact") ? LLMPAR_CUDA_EXACT : (bench_refuse(option, value, "fast or exact"), LLMPAR_CUDA_EXACT);
+        else bench_refuse("argument", option, "an option of --help");
     }
-    if (s.steps > MOST_STEPS) fail("--steps", "", "at most 64");
-    if (s.serve && strchr(seq, ',')) fail("--serve", seq, "one --seq with it");
+    if (!seq[0]) bench_refuse("--seq", seq, "lengths separated by commas");
+    if (s.serve && strchr(seq, ',')) bench_refuse("--seq", seq, "one length with --serve");
     llmpar_cuda_backend(&s.cuda, &backend);
     launch.ranks = 1;
     launch.backend = &backend;
     for (const char *at = seq; *at;) {
         s.seq = number("--seq", at, ',', &at);
-        if (s.tokens % s.seq) fail("--tokens", "", "a multiple of every --seq");
+        if (s.tokens % s.seq) bench_refuse("--seq", seq, "lengths that --tokens is a multiple of");
         if (llmpar_llama_preset(s.model, &s.config, &error)) { fprintf(stderr, "gpu_train: --model: %s\n", error.text); return 2; }
         if (s.config.max_positions < s.seq) s.config.max_positions = (int32_t)s.seq;
         if (llmpar_launch(&launch, run, &s, &error)) { fprintf(stderr, "gpu_train: %s\n", error.text); return 1; }

@@ -1,12 +1,11 @@
 /* The longest sequence that can be trained within one fixed memory limit per rank, on four ranks, under policies of growing thrift.
 
-     make build/bench/longest_sequence && build/bench/longest_sequence [LIMIT_MIB [STEP]]        (default 24 MiB, multiples of 32 tokens)
-
    For each policy the plan (the recipe on a device that only counts) is searched by doubling and halving; then a step is really trained at the length found, with the arena's limit on, and one at the next longer length
    has to be refused. One sequence a data rank: four of them where all ranks are data ranks, two on 2x2. Lengths are those of a sequence; the limit is what one rank's arena may hold at any moment: parameters, gradients,
    optimizer state, activations, workspaces. */
 #define _DEFAULT_SOURCE 1
 #include "llmpar.h"
+#include "bench.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -140,15 +139,18 @@ static llmpar_status bench_search(llmpar_ctx *ctx, void *user)
 
 static void bench_quiet(void *user, int rank, llmpar_log_level level, const char *line) { (void)user; (void)rank; (void)level; (void)line; }
 
+static const char usage[] =
+    "longest_sequence [LIMIT_MIB [STEP]]\n"
+    "The longest sequence that four ranks train within one memory limit each, under policies of growing thrift.\n"
+    "  LIMIT_MIB   of a rank (default 24)\n"
+    "  STEP        lengths are multiples of it, 2 .. 65536 (default 32)\n";
+
 int main(int argc, char **argv)
 {
-    double mib = argc > 1 ? atof(argv[1]) : 24;
-    int64_t step = argc > 2 ? atol(argv[2]) : 32, length[POLICIES];
+    bench_usage(argc, argv, usage, 2);
+    double mib = argc > 1 ? (double)bench_number("LIMIT_MIB", argv[1], 1, 1 << 20) : 24;
+    int64_t step = argc > 2 ? bench_number("STEP", argv[2], 2, 1 << 16) : 32, length[POLICIES];
     int failed = 0;
-    if (!(mib >= 1 && mib < 1 << 20) || step < 2 || step > 1 << 16) {
-        fprintf(stderr, "usage: longest_sequence [LIMIT_MIB [STEP]]\n");
-        return 2;
-    }
     llmpar_llama_config config = bench_model;
     longest = (int64_t)config.max_positions;
     printf("longest trainable sequence, 4 ranks, %.4g MiB each; %d layers, hidden %d, %.2f million parameters, f32, AdamW\n", mib, (int)config.layers, (int)config.hidden, (double)llmpar_llama_param_count(&config) * 1e-6);

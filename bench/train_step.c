@@ -1,16 +1,11 @@
 /* train_step: one training step (forward, backward, clipping, AdamW) of a Llama on several meshes: tokens a second, GFLOP/s as a part of the multiply-add peak, communication that nothing hides, peak memory.
 
-     train_step [--model 15m|110m|300m] [--seq 256,1024] [--dtype f32|bf16] [--layout 1x1,1x1t2,dp2,tp2,2x2,dp8] [--batch N] [--steps N] [--level portable|avx2|avx512] [--recompute none|selective|full[,N]] [--overlap] [--profile] [--json FILE]
-     train_step --model M --seq T --dtype D --layout L [--batch N] [--recompute W] --serve     for bench/peers/run.py
-
    A layout is dpN, tpN or AxB (dp_shard x tp), and tN behind it: threads a rank (default 1). Without options: every model, length and dtype on 1x1, 1x1t2, dp2, tp2 and 2x2. Two sequences a step (--batch; dp8: eight), so that what one
    rank does is what several do. The layouts named together stay in memory together and take turns, step by step, each after one that is not counted: their ratio is one of neighbours.
 
-
    FLOPs are 6 N + 12 L H E T a token: attention counts as if it were not causal. The peak beside a step is measured inside it, for a millisecond on all cores that the layout uses, whenever it comes to an attention (which all ranks do together), and
    its time is taken off again; layouts with more threads than cores have it before and after the step. Communication: time of a rank inside collectives, waiting for the others included, mean over the ranks. */
-#include "llmpar.h"
-#include "bench.h"
+#include "cpu.h"
 #include "peak.h"
 
 #include <pthread.h>
@@ -550,11 +545,21 @@ static void run_together(bench_results *results, const settings *s, const layout
 
 /* ---- options ---- */
 
-static int fail(const char *option, const char *text, const char *expected)
-{
-    fprintf(stderr, "train_step: %s: expected %s, got \"%s\"\n", option, expected, text);
-    exit(2);
-}
+static const char usage[] =
+    "train_step [options]\n"
+    "Without options: every model, length and type on 1x1, 1x1t2, dp2, tp2 and 2x2.\n"
+    "  --model NAME        15m, 110m, 300m, or another preset\n"
+    "  --seq LIST          lengths (default 256,1024)\n"
+    "  --dtype TYPE        f32 or bf16\n"
+    "  --layout LIST       1x1, dpN, tpN or AxB (dp_shard x tp), and tN behind it: threads a rank\n"
+    "  --batch N           sequences a step (default 2, or as many as data ranks)\n"
+    "  --steps N           1 .. 64 (default 5)\n"
+    "  --level LEVEL       portable, avx2, avx512 or avx512bf16, as far as this processor has it\n"
+    "  --recompute WHAT    none, selective or full; full,2: every second block\n"
+    "  --overlap           collectives on a thread of their own\n"
+    "  --profile           what each kind of call takes\n"
+    "  --serve             a step for each line \"step\", for bench/peers/run.py; with one model, length, type and layout\n"
+    "  --json FILE         the table as JSON, too\n";
 
 static int parse_layouts(const char *text, layout *out)
 {
@@ -564,27 +569,19 @@ static int parse_layouts(const char *text, layout *out)
         int used = 0, threads = 0;
         size_t length = strcspn(at, ",");
         memset(l, 0, sizeof *l);
-        if (count == MOST_LAYOUTS || length >= sizeof l->name) fail("--layout", text, "at most 8 of 1x1, 1x1t2, dp2, tp2, 2x2 .., separated by commas");
+        if (count == MOST_LAYOUTS || length >= sizeof l->name) bench_refuse("--layout", text, "at most 8 of 1x1, 1x1t2, dp2, tp2, 2x2 .., separated by commas");
         memcpy(l->name, at, length);
         l->shard = l->tp = 1;
-        if (sscanf(l->name, "dp%d%n", &l->shard, &used) != 1 && sscanf(l->name, "tp%d%n", &l->tp, &used) != 1 && sscanf(l->name, "%dx%d%n", &l->shard, &l->tp, &used) != 2) fail("--layout", l->name, "dpN, tpN or AxB, and tN for threads");
+        if (sscanf(l->name, "dp%d%n", &l->shard, &used) != 1 && sscanf(l->name, "tp%d%n", &l->tp, &used) != 1 && sscanf(l->name, "%dx%d%n", &l->shard, &l->tp, &used) != 2) bench_refuse("--layout", l->name, "dpN, tpN or AxB, and tN for threads");
         l->threads = 1;
         if (l->name[used] == 't' && sscanf(l->name + used, "t%d%n", &l->threads, &threads) == 1) used += threads;
-        if (l->name[used] || l->shard < 1 || l->tp < 1 || l->threads < 1 || l->shard * l->tp > MOST_RANKS || l->threads > BENCH_MOST_THREADS) fail("--layout", l->name, "dpN, tpN or AxB of at most 16 ranks, and tN for threads");
+        if (l->name[used] || l->shard < 1 || l->tp < 1 || l->threads < 1 || l->shard * l->tp > MOST_RANKS || l->threads > BENCH_MOST_THREADS) bench_refuse("--layout", l->name, "dpN, tpN or AxB of at most 16 ranks, and tN for threads");
         count++;
         at += length;
         if (*at == ',') at++;
     }
-    if (!count) fail("--layout", text, "at least one");
+    if (!count) bench_refuse("--layout", text, "at least one");
     return count;
-}
-
-static long parse_number(const char *option, const char *text, long most)
-{
-    char *end;
-    long n = strtol(text, &end, 10);
-    if (*end || n < 1 || n > most) fail(option, text, "a whole number in range");
-    return n;
 }
 
 static void run(bench_results *results, settings *s, const char *layouts)
@@ -593,11 +590,10 @@ static void run(bench_results *results, settings *s, const char *layouts)
     llmpar_error error;
     int count = parse_layouts(layouts, list);
     int64_t batch = s->batch;
-    llmpar_cpu_level level = llmpar_cpu_best_level();
+    llmpar_cpu_level level = s->level ? bench_level("--level", s->level) : llmpar_cpu_best_level();
     llmpar_error_clear(&error);
     if (llmpar_llama_preset(s->model, &s->config, &error)) { fprintf(stderr, "train_step: --model: %s\n", error.text); exit(2); }
     if (s->config.max_positions < s->seq) s->config.max_positions = (int32_t)s->seq;
-    if (s->level && !llmpar_cpu_level_parse(s->level, &level)) fail("--level", s->level, "portable, avx2 or avx512");
     s->peak = bench_fma_kind(llmpar_cpu_level_name(level), s->dtype == LLMPAR_BF16);
     for (int i = 0; i < count && !batch; i++)
         if (s->batch < list[i].shard) s->batch = list[i].shard;
@@ -613,9 +609,9 @@ static void parse_recompute(const char *text, settings *s)
     size_t length = comma ? (size_t)(comma - text) : strlen(text);
     int w = 0;
     while (w < 3 && (strlen(words[w]) != length || strncmp(text, words[w], length))) w++;
-    if (w == 3) fail("--recompute", text, "none, selective, full, or one of them, and a comma and a number: of every so many blocks one");
+    if (w == 3) bench_refuse("--recompute", text, "none, selective, full, or one of them, and a comma and a number: of every so many blocks one");
     s->recompute = (llmpar_recompute)w;
-    if (comma) s->recompute_every = (int32_t)parse_number("--recompute", comma + 1, 1024);
+    if (comma) s->recompute_every = (int32_t)bench_number("--recompute", comma + 1, 1, 1024);
 }
 
 int main(int argc, char **argv)
@@ -627,35 +623,35 @@ int main(int argc, char **argv)
     bench_results results;
     settings s;
     int dtype = 0;
-    bench_open(&results, "train", &argc, argv);
+    bench_open(&results, "train", &argc, argv, usage, -1);
     memset(&s, 0, sizeof s);
     s.steps = 5;
     for (int i = 1; i < argc; i++) {
-        const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
+        const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(option, "--profile")) { s.profile = 1; continue; }
         if (!strcmp(option, "--overlap")) { s.overlap = 1; continue; }
         if (!strcmp(option, "--serve")) { s.serve = 1; continue; }
-        if (strncmp(option, "--", 2)) fail("arguments", option, "an option");
-        if (!value) fail(option, "", "a value");
+        if (strncmp(option, "--", 2)) bench_refuse("argument", option, "an option, see --help");
         i++;
         if (!strcmp(option, "--model")) model = value;
         else if (!strcmp(option, "--seq")) seq = value;
         else if (!strcmp(option, "--layout")) layouts = value;
         else if (!strcmp(option, "--level")) s.level = value;
         else if (!strcmp(option, "--recompute")) parse_recompute(value, &s);
-        else if (!strcmp(option, "--batch")) s.batch = parse_number(option, value, 1024);
-        else if (!strcmp(option, "--steps")) s.steps = (int)parse_number(option, value, MOST_STEPS);
-        else if (!strcmp(option, "--dtype")) dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : (llmpar_dtype)fail(option, value, "f32 or bf16");
-        else fail("arguments", option, "--model, --seq, --dtype, --layout, --batch, --steps, --level, --recompute, --profile, --overlap, --serve or --json");
+        else if (!strcmp(option, "--batch")) s.batch = bench_number(option, value, 1, 1024);
+        else if (!strcmp(option, "--steps")) s.steps = (int)bench_number(option, value, 1, MOST_STEPS);
+        else if (!strcmp(option, "--dtype")) dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : (bench_refuse(option, value, "f32 or bf16"), LLMPAR_BF16);
+        else bench_refuse("argument", option, "an option of --help");
     }
-    if (s.serve && (!model || !layouts || strchr(layouts, ',') || strchr(seq, ',') || !dtype)) fail("--serve", "", "one --model, --seq, --dtype and --layout with it");
+    if (!seq[0]) bench_refuse("--seq", seq, "lengths separated by commas");
+    if (s.serve && (!model || !layouts || strchr(layouts, ',') || strchr(seq, ',') || !dtype)) bench_refuse("--serve", "", "one --model, --seq, --dtype and --layout with it");
     for (int m = 0; m < 3; m++) {
         if (model && m > 0) break;
         s.model = model ? model : all[m];
         for (const char *at = seq; *at;) {
             char *end;
             s.seq = strtol(at, &end, 10);
-            if (s.seq < 1 || s.seq > 1 << 20 || (*end && *end != ',')) fail("--seq", seq, "lengths separated by commas");
+            if (s.seq < 1 || s.seq > 1 << 20 || (*end && *end != ',')) bench_refuse("--seq", seq, "lengths separated by commas");
             at = *end ? end + 1 : end;
             for (int d = 0; d < 2; d++) {
                 s.dtype = d ? LLMPAR_BF16 : LLMPAR_F32;

@@ -85,18 +85,18 @@ check 'bytes that are no text' run 1 '--serve: line "", expected "step"' "$progr
 # ---- bench_generate: command lines ----
 
 refused() { refused_pattern=$1; shift; check "$*" silent 2 "$refused_pattern" "$program" "$@"; }
-refused 'unexpected argument "toking", expected products, rows or tokens' toking
+refused 'argument "toking": expected products, rows or tokens' toking
 refused 'arguments "1": expected none or ROWS N K DTYPE THREADS' products 1 2 3
 refused 'ROWS "0": expected a whole number 1 .. ' products 0 64 64 f32 1
 refused 'K "64k": expected a whole number' rows 1 64 64k f32 1
-refused '--dtype "f64": expected f32, bf16 or f16' products 1 64 64 f64 1
+refused 'DTYPE "f64": expected f32, bf16 or f16' products 1 64 64 f64 1
 refused 'THREADS "100000": expected a whole number 1 .. ' products 1 64 64 f32 100000
 refused '--serve: expected one --model, --dtype and --layout 1x1 or 1x1tN with it' tokens --serve
 refused '--serve: expected one --model' tokens --model tiny --dtype f32 --layout tp1 --serve
 serving() { serving_pattern=$1; shift; refused "$serving_pattern" tokens --model tiny --dtype f32 --layout 1x1 --serve "$@"; }
-serving 'unexpected argument "--colour"' --colour red
-serving 'unexpected argument "extra"' extra
-serving '--prompt: expected a value' --prompt
+serving 'argument "--colour": expected' --colour red
+serving 'argument "extra": expected' extra
+serving '--prompt "": expected a whole number' --prompt
 serving '--prompt "0": expected a whole number 1 .. ' --prompt 0
 serving '--prompt "-8": expected a whole number' --prompt -8
 serving '--prompt "8x": expected a whole number' --prompt 8x
@@ -109,7 +109,7 @@ serving '--texts 2 with --serve: expected 1' --texts 2
 serving '--ids "-1": expected a whole number 0 .. ' --ids -1
 serving '--ids 256: expected less than the vocabulary of tiny, 256' --ids 256
 serving '--dtype "f8": expected f32, bf16 or f16' --dtype f8
-serving '--level "abacus": expected portable' --level abacus
+serving '--level "abacus": expected one of portable' --level abacus
 serving '--layout "1x1x": expected 1x1, 1x1tN or tpN' --layout 1x1x
 serving '--layout "1x1t2x": expected 1x1, 1x1tN or tpN' --layout 1x1t2x
 serving '--layout "1x1t0": expected 1 to 8 ranks, 1 to 64 threads' --layout 1x1t0

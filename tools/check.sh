@@ -88,7 +88,7 @@ build() # LOG TARGET...
 build_first()
 {
     build headers build/dev/llmpar.h build/dev/llmpar_cuda.h build/dev/llmpar_nccl.h # or make would begin with what does not wait for them
-    build first $(programs header llmpar.o) $(programs plain llmpar.o) build/separate/llmpar.a ${full:+build/cxx/llmpar.o} build-plain build/plain/test_exact build/bench/bench_generate all $(programs header $some) build/bf16/test_gemm build-mpi-programs \
+    build first $(programs header llmpar.o) $(programs plain llmpar.o) build/separate/llmpar.a ${full:+build/cxx/llmpar.o} build-plain build/plain/test_exact build-bench all $(programs header $some) build/bf16/test_gemm build-mpi-programs \
         ${full:+build-cxx build-separate}
 }
 build_rest()
@@ -117,6 +117,7 @@ beside bad_input sh tests/bad_input.sh
 phase docs $make test-docs
 phase trace tests/need.sh python3 python3 -- sh tests/trace.sh
 phase peers tests/peers.sh
+phase bench tests/bench.sh
 phase parity tests/verify_parity.sh
 phase bad_input behind bad_input
 phase package behind package

@@ -4,6 +4,7 @@
 #     PREFIX=/usr/local DESTDIR= INCLUDEDIR=include tools/install.sh install|uninstall
 #
 # INCLUDEDIR is taken below PREFIX unless it is absolute. The version comes from llmpar.h.
+case $1 in -h | --help) sed -n '2,${/^#/!q;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
 cd "$(dirname "$0")/.." || exit 1
 prefix=${PREFIX:-/usr/local} includedir=${INCLUDEDIR:-include}
 case $prefix in

@@ -1,7 +1,5 @@
 /* gemm_blas: our f32 product and a BLAS library's sgemm, in turns, each beside the multiply-add peak taken before and after; one core. What a processor
-   lets a product reach, with its caches shared with others, nobody knows better than the libraries that its maker tunes.
-
-     gemm_blas [--json FILE] LIBRARY [M N K]     LIBRARY: whatever exports sgemm_, as libopenblas.so.0, libmkl_rt.so or PyTorch's libtorch_cpu.so */
+   lets a product reach, with its caches shared with others, nobody knows better than the libraries that its maker tunes. */
 #define _DEFAULT_SOURCE 1
 #include "llmpar.h"
 
@@ -136,6 +134,12 @@ static void compare(bench_results *results, llmpar_device *device, const char *l
     free(theirs.c);
 }
 
+static const char usage[] =
+    "gemm_blas [--json FILE] LIBRARY [M N K]\n"
+    "  --json FILE   the table as JSON, too\n"
+    "  LIBRARY       whatever exports sgemm_, as libopenblas.so.0, libmkl_rt.so or PyTorch's libtorch_cpu.so\n"
+    "  M N K         one shape instead of the table: rows and columns of the result, length of the sums\n";
+
 int main(int argc, char **argv)
 {
     static const int shapes[][3] = { { 512, 768, 768 }, { 512, 2048, 2048 }, { 2048, 768, 2048 }, { 2048, 2048, 2048 }, { 2048, 8192, 2048 } };
@@ -143,8 +147,10 @@ int main(int argc, char **argv)
     llmpar_heap heap;
     llmpar_error error;
     llmpar_device *device = NULL;
-    bench_open(&results, "gemm-blas", &argc, argv);
-    if (argc != 2 && argc != 5) { fprintf(stderr, "usage: gemm_blas [--json FILE] LIBRARY [M N K]\n"); return 2; }
+    bench_open(&results, "gemm-blas", &argc, argv, usage, 4);
+    if (argc != 2 && argc != 5) bench_refuse("arguments", argc > 1 ? argv[1] : "", "LIBRARY [M N K], see --help");
+    int size[3] = { 0 };
+    for (int i = 0; i < 3 && argc == 5; i++) size[i] = (int)bench_number(i == 0 ? "M" : i == 1 ? "N" : "K", argv[2 + i], 1, 1 << 16);
     setenv("OMP_NUM_THREADS", "1", 1);
     setenv("OPENBLAS_NUM_THREADS", "1", 1);
     setenv("MKL_NUM_THREADS", "1", 1);
@@ -159,7 +165,7 @@ int main(int argc, char **argv)
     const char *level = llmpar_cpu_level_name(llmpar_cpu_best_level());
     for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
         for (int kind = 1; kind <= 3; kind++) {
-            if (argc == 5) compare(&results, device, level, file, sgemm, kind, atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
+            if (argc == 5) compare(&results, device, level, file, sgemm, kind, size[0], size[1], size[2]);
             else compare(&results, device, level, file, sgemm, kind, shapes[s][0], shapes[s][1], shapes[s][2]);
             if (argc == 5 && kind == 3) s = sizeof shapes / sizeof shapes[0];
         }
