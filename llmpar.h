@@ -613,6 +613,9 @@ typedef struct llmpar_attention_args {
     void *workspace; size_t workspace_bytes;
 } llmpar_attention_args;
 
+/* Several such calls, as of texts that are generated at once, each with the bits that it has alone. `workspace` of all is the same: as much as attention_workspace says for the largest of each number, batch being the batches of all together. */
+typedef struct llmpar_attention_each_args { const llmpar_attention_args *each; int32_t count; } llmpar_attention_each_args;
+
 /* Gradients; tq == tk == tk_stride. dk, dv[b,j,kv,:] = balanced tree over the heads/kv_heads query heads of the group held in this call (split in half while the count is even, else at
    the largest power of two below) of each query head's own sum. dq, dk, dv have the row strides ldq, ldk, ldv. */
 typedef struct llmpar_attention_backward_args {
@@ -798,6 +801,8 @@ struct llmpar_device {
     int32_t (*interleaved_rows)(llmpar_device *device, llmpar_dtype dtype);
     llmpar_status (*interleave)(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
     size_t (*interleave_workspace)(llmpar_device *device, const llmpar_interleave_args *args); /* reads k and dtype */
+    /* NULL: `attention` one by one. Whoever replaces attention in a table replaces or empties this. */
+    llmpar_status (*attention_each)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args);
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
@@ -809,6 +814,8 @@ LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
 
 /* interleaved_rows with its fallback. Local. */
 LLMPAR_API int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
+/* attention_each with its fallback. Local. */
+LLMPAR_API llmpar_status llmpar_device_attention_each(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args);
 /* tree_sum_to with its fallback. Local. */
 LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 
@@ -3462,7 +3469,7 @@ LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 #define LLMPAR__CPU_SLOT_OF(slot, args_type) LLMPAR__PRIVATE llmpar_status llmpar__cpu_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args);
 #define LLMPAR__CPU_SLOT(slot) LLMPAR__CPU_SLOT_OF(slot, llmpar_##slot##_args)
 LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_SLOT)
-LLMPAR__CPU_SLOT(gemm) LLMPAR__CPU_SLOT(tree_sum) LLMPAR__CPU_SLOT(max) LLMPAR__CPU_SLOT(xent_loss) LLMPAR__CPU_SLOT(xent_backward)
+LLMPAR__CPU_SLOT(gemm) LLMPAR__CPU_SLOT(attention_each) LLMPAR__CPU_SLOT(tree_sum) LLMPAR__CPU_SLOT(max) LLMPAR__CPU_SLOT(xent_loss) LLMPAR__CPU_SLOT(xent_backward)
 LLMPAR__CPU_SLOT_OF(xent_max, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(xent_sum, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(adalomo_square, llmpar_adalomo_args)
 #undef LLMPAR__CPU_SLOT_OF
 #undef LLMPAR__CPU_SLOT
@@ -6471,36 +6478,99 @@ static llmpar_status llmpar__attention_check(llmpar_device *device, const char *
     return LLMPAR_OK;
 }
 
+/* The kernel, and its job but for the workspace; `threads` share the call's tasks, of which *tasks says how many. */
+static llmpar__kernel llmpar__attention_plan(llmpar__cpu *cpu, const llmpar__kernel *kernels, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward, int64_t threads, llmpar__attention_job *job, int64_t *tasks)
+{
+    memset(job, 0, sizeof *job);
+    job->args = a;
+    job->backward = backward;
+    job->pairs = cpu->level == LLMPAR_CPU_AVX512BF16 && a->dtype == LLMPAR_BF16 && a->head_dim % 2 == 0;
+    job->half = job->half_dkv = llmpar__half_of(cpu, a->dtype);
+    if (backward) {
+        if (backward->dkv_dtype != LLMPAR_DTYPE_DEFAULT) job->half_dkv = llmpar__half_of(cpu, backward->dkv_dtype);
+        job->ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
+        job->ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
+    }
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job->decode = llmpar__gemm_thin_function(cpu, a->dtype, &job->decode_columns);
+    if (job->decode) {
+        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq);
+        kernels = llmpar__attention_decode_kernels;
+        job->decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
+        job->decode_parts = llmpar__v_min(a->kv_heads, llmpar_round_up(job->decode_parts, threads)); /* as many for every thread, and no more: the longer what they read of a row is */
+        if (a->head_dim * job->half.size % 64) job->decode_parts = a->kv_heads;
+    } else job->decode_parts = a->kv_heads;
+    *tasks = a->batch * job->decode_parts;
+    return kernels[llmpar__v_index(cpu, a->dtype)];
+}
+
+static char *llmpar__attention_aligned(const llmpar_attention_args *a) { return (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u); }
+
 static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *kernels, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__attention_job job;
-    job.args = a;
-    job.backward = backward;
-    job.workspace = (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u);
+    int64_t tasks, threads = llmpar__pool_threads(cpu);
+    llmpar__kernel kernel = llmpar__attention_plan(cpu, kernels, a, backward, threads, &job, &tasks);
+    job.workspace = llmpar__attention_aligned(a);
     job.worker_bytes = llmpar__attention_worker_bytes(a, backward != NULL);
-    job.pairs = cpu->level == LLMPAR_CPU_AVX512BF16 && a->dtype == LLMPAR_BF16 && a->head_dim % 2 == 0;
-    job.half = job.half_dkv = llmpar__half_of(cpu, a->dtype);
-    job.ld_dk = job.ld_dv = 0;
-    if (backward) {
-        if (backward->dkv_dtype != LLMPAR_DTYPE_DEFAULT) job.half_dkv = llmpar__half_of(cpu, backward->dkv_dtype);
-        job.ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
-        job.ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
+    job.by_task = tasks <= threads;
+    llmpar__pool_run(cpu, kernel, &job, tasks);
+}
+
+/* ---- several calls: their tasks one behind the other, so that a thread reads the whole rows of a text's cache ---- */
+
+typedef struct llmpar__attention_each_job { llmpar__cpu *cpu; const llmpar_attention_args *each; size_t worker_bytes; int64_t threads /* of one call */; int by_task; } llmpar__attention_each_job;
+
+static int llmpar__attention_empty(const llmpar_attention_args *a) { return a->batch <= 0 || a->tq <= 0 || a->heads <= 0; }
+
+static void llmpar__attention_each_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_each_job *all = (const llmpar__attention_each_job *)arg;
+    const llmpar_attention_args *a = all->each;
+    llmpar__attention_job job;
+    llmpar__kernel kernel = NULL;
+    char *workspace = llmpar__attention_aligned(a) + all->worker_bytes * (size_t)(all->by_task ? task : worker);
+    for (int64_t tasks; !kernel; a++) {
+        if (llmpar__attention_empty(a)) continue;
+        kernel = llmpar__attention_plan(all->cpu, llmpar__attention_forward_kernels, a, NULL, all->threads, &job, &tasks);
+        if (task >= tasks) {
+            task -= tasks;
+            kernel = NULL;
+        }
     }
-    job.decode = NULL;
-    job.decode_columns = 0;
-    job.decode_parts = 1;
-    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
-    if (job.decode) {
-        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
-        kernels = llmpar__attention_decode_kernels;
-        job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
-        job.decode_parts = llmpar__v_min(a->kv_heads, llmpar_round_up(job.decode_parts, threads)); /* as many for every thread, and no more: the longer what they read of a row is */
-        if (a->head_dim * job.half.size % 64) job.decode_parts = a->kv_heads;
+    job.workspace = workspace; /* worker_bytes 0: this worker's alone */
+    kernel(&job, task, worker);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_each(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args)
+{
+    llmpar__attention_each_job all;
+    llmpar__attention_job job;
+    int64_t total = 0, tasks, threads;
+    (void)stream;
+    memset(&all, 0, sizeof all);
+    all.cpu = (llmpar__cpu *)device->state;
+    all.each = args->each;
+    threads = llmpar__pool_threads(all.cpu);
+    all.threads = llmpar__v_blocks(threads, llmpar__v_max(1, args->count));
+    for (int32_t i = 0; i < args->count; i++) {
+        const llmpar_attention_args *a = &args->each[i];
+        llmpar_status status;
+        if (llmpar__attention_empty(a)) continue;
+        status = llmpar__attention_check(device, "attention_each", a, 0);
+        if (status) return status;
+        if (a->workspace != args->each[0].workspace) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_each: call %d has a workspace of its own, expected that of call 0", (int)i);
+        llmpar__attention_plan(all.cpu, llmpar__attention_forward_kernels, a, NULL, all.threads, &job, &tasks);
+        all.worker_bytes = all.worker_bytes > llmpar__attention_worker_bytes(a, 0) ? all.worker_bytes : llmpar__attention_worker_bytes(a, 0);
+        total += tasks;
     }
-    job.decode_parts = job.decode ? job.decode_parts : a->kv_heads;
-    job.by_task = a->batch * job.decode_parts <= llmpar__pool_threads(cpu);
-    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * job.decode_parts);
+    if (!total) return LLMPAR_OK;
+    all.by_task = total <= threads;
+    size_t need = (size_t)llmpar__v_min(total, threads) * all.worker_bytes + 64;
+    if (args->each[0].workspace_bytes < need)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_each: workspace of %llu bytes, expected %llu", (unsigned long long)args->each[0].workspace_bytes, (unsigned long long)need);
+    llmpar__pool_run(all.cpu, llmpar__attention_each_task, &all, total);
+    return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args)
@@ -7836,6 +7906,8 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
 #define LLMPAR__CPU_INPUTS(args_type) ((args_type *)args)->in = (const void *const *)LLMPAR__CPU_OWN_ARRAY(args_type)
 LLMPAR__CPU_RUN_ARRAY(gemm, llmpar_gemm_args, ((llmpar_gemm_args *)args)->segments = (const llmpar_gemm_segment *)LLMPAR__CPU_OWN_ARRAY(llmpar_gemm_args), args->segments,
                       args->segment_count > 0 ? (size_t)args->segment_count * sizeof *args->segments : 0)
+LLMPAR__CPU_RUN_ARRAY(attention_each, llmpar_attention_each_args, ((llmpar_attention_each_args *)args)->each = (const llmpar_attention_args *)LLMPAR__CPU_OWN_ARRAY(llmpar_attention_each_args), args->each,
+                      args->count > 0 ? (size_t)args->count * sizeof *args->each : 0)
 LLMPAR__CPU_RUN_ARRAY(tree_sum, llmpar_tree_sum_args, LLMPAR__CPU_INPUTS(llmpar_tree_sum_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
 LLMPAR__CPU_RUN_ARRAY(max, llmpar_max_args, LLMPAR__CPU_INPUTS(llmpar_max_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
 #define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
@@ -7867,6 +7939,7 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
     LLMPAR__CPU_FILL(adalomo_square)
     LLMPAR__CPU_FILL(gemm)
+    LLMPAR__CPU_FILL(attention_each)
     LLMPAR__CPU_FILL(tree_sum)
     LLMPAR__CPU_FILL(max)
     LLMPAR__CPU_FILL(xent_max)
@@ -12073,6 +12146,7 @@ typedef struct llmpar__session {
     llmpar_dtype dtype;
     int64_t rows, head_rows, slots, capacity;
     llmpar__span *spans;           /* [slots]: of the rows that go now */
+    llmpar_attention_args *attentions; /* [slots]: of these spans */
     size_t workspace_bytes, cache_bytes;
     void *block, *cache, *workspace; /* block: all activations */
     void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *logits; /* q or o: behind a text's one row may come its k and v; part, rstd: sum type; sum: the reduced part, = part where they are of one type; gate: behind its rows, or each of them,
@@ -12306,6 +12380,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         const int64_t tq = rows < g->capacity ? rows : g->capacity;
         const llmpar__span span = { 0, g->capacity - tq, tq };
         llmpar__session_attention(g, 0, &span, 0, s->h * s->e, &attention);
+        if (rows == 1) attention.batch = g->slots; /* attention_each */
         w = g->device->attention_workspace(g->device, &attention);
         if (w > most) most = w;
     }
@@ -12344,7 +12419,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_open(llmpar_llama *model, llmp
     g->workspace_bytes = llmpar__session_workspace(g);
     g->params = (void *const **)llmpar_heap_alloc(&model->ctx->heap, (size_t)model->unit_count, sizeof *g->params);
     g->spans = (llmpar__span *)llmpar_heap_alloc(&model->ctx->heap, (size_t)slots, sizeof *g->spans);
-    llmpar_status status = g->params && g->spans ? LLMPAR_OK : llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    g->attentions = (llmpar_attention_args *)llmpar_heap_alloc(&model->ctx->heap, (size_t)slots, sizeof *g->attentions);
+    llmpar_status status = g->params && g->spans && g->attentions ? LLMPAR_OK : llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     while (g->unsharded_units < model->unit_count && !status) {
         status = llmpar_fsdp_unshard(fsdp, g->unsharded_units, &g->params[g->unsharded_units]);
         if (!status) g->unsharded_units++;
@@ -12429,6 +12505,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_close(llmpar__session *g, llmp
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
     llmpar_heap_free(heap, (void *)g->params);
     llmpar_heap_free(heap, g->spans);
+    llmpar_heap_free(heap, g->attentions);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
@@ -12503,10 +12580,9 @@ static llmpar_status llmpar__session_attend(llmpar__session *g, int32_t layer, v
         if (!status) status = llmpar__session_heads(g, s->k, span->position, span->count, k + (size_t)(r * ldk) * s->size, p[LLMPAR__KNORM], (char *)(uintptr_t)attention.k + at);
         if (!status && own_v != to_v) status = g->device->copy(g->device, g->stream, to_v, own_v, (size_t)(span->count * heads[2]) * s->size);
     }
-    for (int64_t i = 0, r = 0; i < spans && !status; r += g->spans[i++].count) {
-        llmpar__session_attention(g, layer, &g->spans[i], r, ldq, &attention);
-        status = g->device->attention(g->device, g->stream, &attention);
-    }
+    for (int64_t i = 0, r = 0; i < spans; r += g->spans[i++].count) llmpar__session_attention(g, layer, &g->spans[i], r, ldq, &g->attentions[i]);
+    const llmpar_attention_each_args each = { g->attentions, spans };
+    if (!status) status = spans > 1 ? llmpar_device_attention_each(g->device, g->stream, &each) : g->device->attention(g->device, g->stream, g->attentions);
     return status;
 }
 
@@ -13211,6 +13287,14 @@ LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
 LLMPAR_DEF int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
 {
     return LLMPAR__HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_device_attention_each(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args)
+{
+    llmpar_status status = LLMPAR_OK;
+    if (LLMPAR__HAS(device, attention_each)) return device->attention_each(device, stream, args);
+    for (int32_t i = 0; i < args->count && !status; i++) status = device->attention(device, stream, &args->each[i]);
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)

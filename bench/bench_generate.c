@@ -221,6 +221,7 @@ static void sample(void)
     }
 WRAP(gemm, llmpar_gemm_args, (void)0)
 WRAP(attention, llmpar_attention_args, sample())
+WRAP(attention_each, llmpar_attention_each_args, (void)0)
 WRAP(rmsnorm, llmpar_rmsnorm_args, (void)0)
 WRAP(rope, llmpar_rope_args, (void)0)
 WRAP(swiglu, llmpar_swiglu_args, (void)0)
@@ -368,7 +369,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
         goto out;
     }
 #define SLOT(name) ctx->device->name = generate_##name;
-    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
+    SLOT(gemm) SLOT(attention) SLOT(attention_each) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
     desc.on_token = generate_token;
     for (int i = 0; i < PROMPTS && g->prompt > 16 && g->texts == 1 && !status; i++) {
@@ -378,7 +379,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     desc.tokens = g->tokens;
     if (!status) status = g->texts > 1 ? together(model, fsdp, g, &desc) : llmpar_llama_generate(model, fsdp, &desc, ids, &made);
 #define SLOT(name) ctx->device->name = real.name;
-    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
+    SLOT(gemm) SLOT(attention) SLOT(attention_each) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
 out:
     llmpar_fsdp_destroy(fsdp);

@@ -405,6 +405,101 @@ TEST(decoding_has_the_same_bits)
     }
 }
 
+/* Calls of several texts, of one token and of many, empty ones too, on more threads than calls and on fewer, by the device and one by one, and on a stream with a thread: each has the bits that it has alone. */
+enum { EACH = 5 };
+static void each_call(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *calls, int by_device, int32_t count)
+{
+    const llmpar_attention_each_args args = { calls, count };
+    llmpar_status (*slot)(llmpar_device *, llmpar_stream *, const llmpar_attention_each_args *) = device->attention_each;
+    if (!by_device) device->attention_each = NULL;
+    CHECK_OK(llmpar_device_attention_each(device, stream, &args));
+    device->attention_each = slot;
+    CHECK_OK(device->synchronize(device, stream));
+}
+TEST(each_of_several)
+{
+    static const int64_t t[EACH][2] = { { 1, 67 }, { 1, 1 }, { 0, 5 }, { 9, 130 }, { 1, 300 } };
+    ops_way ways[5];
+    int n = attention_ways(ways);
+    for (int w = 0; w < n; w++) for (int threads = 1; threads <= 3; threads++) for (int kv = 2; kv <= 4; kv += 2) {
+        llmpar_device *device = ops_device(ways[w].level, threads);
+        llmpar_attention_args calls[EACH], largest;
+        llmpar_stream *stream;
+        problem p[EACH];
+        void *lse[EACH], *out[EACH];
+        CHECK_OK(device->stream_create(device, "each", &stream));
+        CHECK_OK(llmpar_device_stream_thread(device, stream));
+        for (int c = 0; c < EACH; c++) {
+            p[c] = problem_make(1, t[c][0], t[c][1], t[c][1] + c, 4, kv, 32);
+            forward(&p[c], device, ways[w].dtype, 1);
+        }
+        for (int way = 0; way < 4; way++) {
+            llmpar_dtype sum = llmpar_dtype_sum(ways[w].dtype);
+            for (int c = 0; c < EACH; c++) {
+                fill(&p[c], device, ways[w].dtype, &calls[c]);
+                calls[c].out = out[c] = ops_put(ways[w].dtype, NULL, p[c].tq, 4 * 32, calls[c].ldo);
+                calls[c].lse = lse[c] = ops_out(sum, 4 * p[c].tq);
+            }
+            largest = calls[4];
+            largest.tq = 9;
+            largest.batch = EACH;
+            size_t bytes = device->attention_workspace(device, &largest);
+            void *workspace = ops_out(LLMPAR_U8, (int64_t)bytes);
+            for (int c = 0; c < EACH; c++) {
+                calls[c].workspace = workspace;
+                calls[c].workspace_bytes = bytes;
+            }
+            int32_t first = way == 3 ? 2 : EACH; /* fewer calls than threads */
+            each_call(device, way == 2 ? stream : NULL, calls, way != 1, first);
+            each_call(device, NULL, calls + first, 1, EACH - first);
+            for (int c = 0; c < EACH; c++) {
+                double *got = ops_zeros(p[c].tq * 4 * 32), *got_lse = ops_zeros(4 * p[c].tq);
+                ops_get(ways[w].dtype, got, out[c], p[c].tq, 4 * 32, calls[c].ldo);
+                ops_take(sum, got_lse, lse[c], 4 * p[c].tq);
+                ops_same("of several", ways[w], got, p[c].out, p[c].tq * 4 * 32);
+                ops_same("lse of several", ways[w], got_lse, p[c].lse, 4 * p[c].tq);
+                free(got); free(got_lse);
+            }
+            ops_release();
+        }
+        device->stream_destroy(device, stream);
+        for (int c = 0; c < EACH; c++) problem_free(&p[c]);
+    }
+}
+
+TEST(each_refuses)
+{
+    llmpar_device *device = ops_device(LLMPAR_CPU_PORTABLE, 3);
+    problem p = problem_make(1, 1, 40, 40, 4, 2, 16);
+    llmpar_attention_args calls[3];
+    llmpar_attention_each_args args = { calls, 3 };
+    fill(&p, device, LLMPAR_F32, &calls[0]);
+    calls[0].out = ops_put(LLMPAR_F32, NULL, 1, 64, calls[0].ldo);
+    calls[0].batch = 3;
+    calls[0].workspace_bytes = device->attention_workspace(device, &calls[0]);
+    calls[0].workspace = ops_out(LLMPAR_U8, (int64_t)calls[0].workspace_bytes);
+    calls[0].batch = 1;
+    calls[1] = calls[2] = calls[0];
+    CHECK_OK(device->attention_each(device, NULL, &args));
+    calls[0].workspace_bytes = device->attention_workspace(device, &calls[0]); /* of one */
+    for (int c = 0; c < 3; c++) calls[c].workspace_bytes = calls[0].workspace_bytes;
+    llmpar_error_clear(&ops_error);
+    CHECK_STATUS(device->attention_each(device, NULL, &args), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(ops_error.text, "attention_each: workspace of");
+    calls[1].workspace = (char *)calls[0].workspace + 64;
+    llmpar_error_clear(&ops_error);
+    CHECK_STATUS(device->attention_each(device, NULL, &args), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(ops_error.text, "call 1 has a workspace of its own");
+    calls[2].heads = 3;
+    calls[1].workspace = calls[0].workspace;
+    llmpar_error_clear(&ops_error);
+    CHECK_STATUS(device->attention_each(device, NULL, &args), LLMPAR_ERR_SHAPE);
+    CHECK_TEXT(ops_error.text, "3 heads, 2 kv heads");
+    llmpar_error_clear(&ops_error);
+    ops_release();
+    problem_free(&p);
+}
+
 TEST(fewer_need_no_more) { attention_fewer(ops_device(LLMPAR_CPU_PORTABLE, 3)); }
 
 TEST(refusals)
@@ -436,4 +531,4 @@ TEST(refusals)
 
 TEST(devices_close) { ops_close(); }
 
-TEST_LIST(T_(forward_is_softmax), T_(backward_is_derivative), T_(backward_levels_and_threads), T_(parts_have_the_same_bits), T_(odd_groups), T_(scores_of_pairs), T_(decoding_has_the_same_bits), T_(fewer_need_no_more), T_(refusals), T_(devices_close))
+TEST_LIST(T_(forward_is_softmax), T_(backward_is_derivative), T_(backward_levels_and_threads), T_(parts_have_the_same_bits), T_(odd_groups), T_(scores_of_pairs), T_(decoding_has_the_same_bits), T_(each_of_several), T_(each_refuses), T_(fewer_need_no_more), T_(refusals), T_(devices_close))

@@ -32,6 +32,11 @@ static llmpar_status watched_attention(llmpar_device *device, llmpar_stream *str
     watched.rows += args->tq;
     return watched.real.attention(device, stream, args);
 }
+static llmpar_status watched_each(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args)
+{
+    for (int32_t i = 0; i < args->count; i++) watched.rows += args->each[i].tq;
+    return watched.real.attention_each(device, stream, args);
+}
 static llmpar_status watched_interleave(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args)
 {
     if (!args->back && watched.turned + 1 == watched.turn_fails) return planted(device);
@@ -402,10 +407,12 @@ static llmpar_status watch(session *s, void *user, llmpar_status (*body)(session
     watched.real = *device;
     device->gemm = watched_gemm;
     device->attention = watched_attention;
+    if (watched.real.attention_each) device->attention_each = watched_each;
     device->interleave = watched_interleave;
     llmpar_status status = body(s, user);
     device->gemm = watched.real.gemm;
     device->attention = watched.real.attention;
+    device->attention_each = watched.real.attention_each;
     device->interleave = watched.real.interleave;
     return status;
 }

@@ -81,36 +81,99 @@ static llmpar_status llmpar__attention_check(llmpar_device *device, const char *
     return LLMPAR_OK;
 }
 
+/* The kernel, and its job but for the workspace; `threads` share the call's tasks, of which *tasks says how many. */
+static llmpar__kernel llmpar__attention_plan(llmpar__cpu *cpu, const llmpar__kernel *kernels, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward, int64_t threads, llmpar__attention_job *job, int64_t *tasks)
+{
+    memset(job, 0, sizeof *job);
+    job->args = a;
+    job->backward = backward;
+    job->pairs = cpu->level == LLMPAR_CPU_AVX512BF16 && a->dtype == LLMPAR_BF16 && a->head_dim % 2 == 0;
+    job->half = job->half_dkv = llmpar__half_of(cpu, a->dtype);
+    if (backward) {
+        if (backward->dkv_dtype != LLMPAR_DTYPE_DEFAULT) job->half_dkv = llmpar__half_of(cpu, backward->dkv_dtype);
+        job->ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
+        job->ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
+    }
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job->decode = llmpar__gemm_thin_function(cpu, a->dtype, &job->decode_columns);
+    if (job->decode) {
+        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq);
+        kernels = llmpar__attention_decode_kernels;
+        job->decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
+        job->decode_parts = llmpar__v_min(a->kv_heads, llmpar_round_up(job->decode_parts, threads)); /* as many for every thread, and no more: the longer what they read of a row is */
+        if (a->head_dim * job->half.size % 64) job->decode_parts = a->kv_heads;
+    } else job->decode_parts = a->kv_heads;
+    *tasks = a->batch * job->decode_parts;
+    return kernels[llmpar__v_index(cpu, a->dtype)];
+}
+
+static char *llmpar__attention_aligned(const llmpar_attention_args *a) { return (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u); }
+
 static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *kernels, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__attention_job job;
-    job.args = a;
-    job.backward = backward;
-    job.workspace = (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u);
+    int64_t tasks, threads = llmpar__pool_threads(cpu);
+    llmpar__kernel kernel = llmpar__attention_plan(cpu, kernels, a, backward, threads, &job, &tasks);
+    job.workspace = llmpar__attention_aligned(a);
     job.worker_bytes = llmpar__attention_worker_bytes(a, backward != NULL);
-    job.pairs = cpu->level == LLMPAR_CPU_AVX512BF16 && a->dtype == LLMPAR_BF16 && a->head_dim % 2 == 0;
-    job.half = job.half_dkv = llmpar__half_of(cpu, a->dtype);
-    job.ld_dk = job.ld_dv = 0;
-    if (backward) {
-        if (backward->dkv_dtype != LLMPAR_DTYPE_DEFAULT) job.half_dkv = llmpar__half_of(cpu, backward->dkv_dtype);
-        job.ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
-        job.ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
+    job.by_task = tasks <= threads;
+    llmpar__pool_run(cpu, kernel, &job, tasks);
+}
+
+/* ---- several calls: their tasks one behind the other, so that a thread reads the whole rows of a text's cache ---- */
+
+typedef struct llmpar__attention_each_job { llmpar__cpu *cpu; const llmpar_attention_args *each; size_t worker_bytes; int64_t threads /* of one call */; int by_task; } llmpar__attention_each_job;
+
+static int llmpar__attention_empty(const llmpar_attention_args *a) { return a->batch <= 0 || a->tq <= 0 || a->heads <= 0; }
+
+static void llmpar__attention_each_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_each_job *all = (const llmpar__attention_each_job *)arg;
+    const llmpar_attention_args *a = all->each;
+    llmpar__attention_job job;
+    llmpar__kernel kernel = NULL;
+    char *workspace = llmpar__attention_aligned(a) + all->worker_bytes * (size_t)(all->by_task ? task : worker);
+    for (int64_t tasks; !kernel; a++) {
+        if (llmpar__attention_empty(a)) continue;
+        kernel = llmpar__attention_plan(all->cpu, llmpar__attention_forward_kernels, a, NULL, all->threads, &job, &tasks);
+        if (task >= tasks) {
+            task -= tasks;
+            kernel = NULL;
+        }
     }
-    job.decode = NULL;
-    job.decode_columns = 0;
-    job.decode_parts = 1;
-    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
-    if (job.decode) {
-        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
-        kernels = llmpar__attention_decode_kernels;
-        job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
-        job.decode_parts = llmpar__v_min(a->kv_heads, llmpar_round_up(job.decode_parts, threads)); /* as many for every thread, and no more: the longer what they read of a row is */
-        if (a->head_dim * job.half.size % 64) job.decode_parts = a->kv_heads;
+    job.workspace = workspace; /* worker_bytes 0: this worker's alone */
+    kernel(&job, task, worker);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_each(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args)
+{
+    llmpar__attention_each_job all;
+    llmpar__attention_job job;
+    int64_t total = 0, tasks, threads;
+    (void)stream;
+    memset(&all, 0, sizeof all);
+    all.cpu = (llmpar__cpu *)device->state;
+    all.each = args->each;
+    threads = llmpar__pool_threads(all.cpu);
+    all.threads = llmpar__v_blocks(threads, llmpar__v_max(1, args->count));
+    for (int32_t i = 0; i < args->count; i++) {
+        const llmpar_attention_args *a = &args->each[i];
+        llmpar_status status;
+        if (llmpar__attention_empty(a)) continue;
+        status = llmpar__attention_check(device, "attention_each", a, 0);
+        if (status) return status;
+        if (a->workspace != args->each[0].workspace) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_each: call %d has a workspace of its own, expected that of call 0", (int)i);
+        llmpar__attention_plan(all.cpu, llmpar__attention_forward_kernels, a, NULL, all.threads, &job, &tasks);
+        all.worker_bytes = all.worker_bytes > llmpar__attention_worker_bytes(a, 0) ? all.worker_bytes : llmpar__attention_worker_bytes(a, 0);
+        total += tasks;
     }
-    job.decode_parts = job.decode ? job.decode_parts : a->kv_heads;
-    job.by_task = a->batch * job.decode_parts <= llmpar__pool_threads(cpu);
-    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * job.decode_parts);
+    if (!total) return LLMPAR_OK;
+    all.by_task = total <= threads;
+    size_t need = (size_t)llmpar__v_min(total, threads) * all.worker_bytes + 64;
+    if (args->each[0].workspace_bytes < need)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_each: workspace of %llu bytes, expected %llu", (unsigned long long)args->each[0].workspace_bytes, (unsigned long long)need);
+    llmpar__pool_run(all.cpu, llmpar__attention_each_task, &all, total);
+    return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args)

@@ -248,6 +248,8 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
 #define LLMPAR__CPU_INPUTS(args_type) ((args_type *)args)->in = (const void *const *)LLMPAR__CPU_OWN_ARRAY(args_type)
 LLMPAR__CPU_RUN_ARRAY(gemm, llmpar_gemm_args, ((llmpar_gemm_args *)args)->segments = (const llmpar_gemm_segment *)LLMPAR__CPU_OWN_ARRAY(llmpar_gemm_args), args->segments,
                       args->segment_count > 0 ? (size_t)args->segment_count * sizeof *args->segments : 0)
+LLMPAR__CPU_RUN_ARRAY(attention_each, llmpar_attention_each_args, ((llmpar_attention_each_args *)args)->each = (const llmpar_attention_args *)LLMPAR__CPU_OWN_ARRAY(llmpar_attention_each_args), args->each,
+                      args->count > 0 ? (size_t)args->count * sizeof *args->each : 0)
 LLMPAR__CPU_RUN_ARRAY(tree_sum, llmpar_tree_sum_args, LLMPAR__CPU_INPUTS(llmpar_tree_sum_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
 LLMPAR__CPU_RUN_ARRAY(max, llmpar_max_args, LLMPAR__CPU_INPUTS(llmpar_max_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
 #define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
@@ -279,6 +281,7 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
     LLMPAR__CPU_FILL(adalomo_square)
     LLMPAR__CPU_FILL(gemm)
+    LLMPAR__CPU_FILL(attention_each)
     LLMPAR__CPU_FILL(tree_sum)
     LLMPAR__CPU_FILL(max)
     LLMPAR__CPU_FILL(xent_max)

@@ -71,7 +71,7 @@ LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 #define LLMPAR__CPU_SLOT_OF(slot, args_type) LLMPAR__PRIVATE llmpar_status llmpar__cpu_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args);
 #define LLMPAR__CPU_SLOT(slot) LLMPAR__CPU_SLOT_OF(slot, llmpar_##slot##_args)
 LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_SLOT)
-LLMPAR__CPU_SLOT(gemm) LLMPAR__CPU_SLOT(tree_sum) LLMPAR__CPU_SLOT(max) LLMPAR__CPU_SLOT(xent_loss) LLMPAR__CPU_SLOT(xent_backward)
+LLMPAR__CPU_SLOT(gemm) LLMPAR__CPU_SLOT(attention_each) LLMPAR__CPU_SLOT(tree_sum) LLMPAR__CPU_SLOT(max) LLMPAR__CPU_SLOT(xent_loss) LLMPAR__CPU_SLOT(xent_backward)
 LLMPAR__CPU_SLOT_OF(xent_max, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(xent_sum, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(adalomo_square, llmpar_adalomo_args)
 #undef LLMPAR__CPU_SLOT_OF
 #undef LLMPAR__CPU_SLOT

@@ -114,6 +114,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         const int64_t tq = rows < g->capacity ? rows : g->capacity;
         const llmpar__span span = { 0, g->capacity - tq, tq };
         llmpar__session_attention(g, 0, &span, 0, s->h * s->e, &attention);
+        if (rows == 1) attention.batch = g->slots; /* attention_each */
         w = g->device->attention_workspace(g->device, &attention);
         if (w > most) most = w;
     }
@@ -152,7 +153,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_open(llmpar_llama *model, llmp
     g->workspace_bytes = llmpar__session_workspace(g);
     g->params = (void *const **)llmpar_heap_alloc(&model->ctx->heap, (size_t)model->unit_count, sizeof *g->params);
     g->spans = (llmpar__span *)llmpar_heap_alloc(&model->ctx->heap, (size_t)slots, sizeof *g->spans);
-    llmpar_status status = g->params && g->spans ? LLMPAR_OK : llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    g->attentions = (llmpar_attention_args *)llmpar_heap_alloc(&model->ctx->heap, (size_t)slots, sizeof *g->attentions);
+    llmpar_status status = g->params && g->spans && g->attentions ? LLMPAR_OK : llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     while (g->unsharded_units < model->unit_count && !status) {
         status = llmpar_fsdp_unshard(fsdp, g->unsharded_units, &g->params[g->unsharded_units]);
         if (!status) g->unsharded_units++;
@@ -237,6 +239,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__session_close(llmpar__session *g, llmp
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
     llmpar_heap_free(heap, (void *)g->params);
     llmpar_heap_free(heap, g->spans);
+    llmpar_heap_free(heap, g->attentions);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
@@ -311,10 +314,9 @@ static llmpar_status llmpar__session_attend(llmpar__session *g, int32_t layer, v
         if (!status) status = llmpar__session_heads(g, s->k, span->position, span->count, k + (size_t)(r * ldk) * s->size, p[LLMPAR__KNORM], (char *)(uintptr_t)attention.k + at);
         if (!status && own_v != to_v) status = g->device->copy(g->device, g->stream, to_v, own_v, (size_t)(span->count * heads[2]) * s->size);
     }
-    for (int64_t i = 0, r = 0; i < spans && !status; r += g->spans[i++].count) {
-        llmpar__session_attention(g, layer, &g->spans[i], r, ldq, &attention);
-        status = g->device->attention(g->device, g->stream, &attention);
-    }
+    for (int64_t i = 0, r = 0; i < spans; r += g->spans[i++].count) llmpar__session_attention(g, layer, &g->spans[i], r, ldq, &g->attentions[i]);
+    const llmpar_attention_each_args each = { g->attentions, spans };
+    if (!status) status = spans > 1 ? llmpar_device_attention_each(g->device, g->stream, &each) : g->device->attention(g->device, g->stream, g->attentions);
     return status;
 }
 

@@ -22,6 +22,7 @@ typedef struct llmpar__session {
     llmpar_dtype dtype;
     int64_t rows, head_rows, slots, capacity;
     llmpar__span *spans;           /* [slots]: of the rows that go now */
+    llmpar_attention_args *attentions; /* [slots]: of these spans */
     size_t workspace_bytes, cache_bytes;
     void *block, *cache, *workspace; /* block: all activations */
     void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *logits; /* q or o: behind a text's one row may come its k and v; part, rstd: sum type; sum: the reduced part, = part where they are of one type; gate: behind its rows, or each of them,

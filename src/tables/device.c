@@ -27,6 +27,14 @@ LLMPAR_DEF int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_
     return LLMPAR__HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
 }
 
+LLMPAR_DEF llmpar_status llmpar_device_attention_each(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args)
+{
+    llmpar_status status = LLMPAR_OK;
+    if (LLMPAR__HAS(device, attention_each)) return device->attention_each(device, stream, args);
+    for (int32_t i = 0; i < args->count && !status; i++) status = device->attention(device, stream, &args->each[i]);
+    return status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
 {
     llmpar_tree_sum_args sum;

@@ -110,6 +110,9 @@ typedef struct llmpar_attention_args {
     void *workspace; size_t workspace_bytes;
 } llmpar_attention_args;
 
+/* Several such calls, as of texts that are generated at once, each with the bits that it has alone. `workspace` of all is the same: as much as attention_workspace says for the largest of each number, batch being the batches of all together. */
+typedef struct llmpar_attention_each_args { const llmpar_attention_args *each; int32_t count; } llmpar_attention_each_args;
+
 /* Gradients; tq == tk == tk_stride. dk, dv[b,j,kv,:] = balanced tree over the heads/kv_heads query heads of the group held in this call (split in half while the count is even, else at
    the largest power of two below) of each query head's own sum. dq, dk, dv have the row strides ldq, ldk, ldv. */
 typedef struct llmpar_attention_backward_args {
@@ -295,6 +298,8 @@ struct llmpar_device {
     int32_t (*interleaved_rows)(llmpar_device *device, llmpar_dtype dtype);
     llmpar_status (*interleave)(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
     size_t (*interleave_workspace)(llmpar_device *device, const llmpar_interleave_args *args); /* reads k and dtype */
+    /* NULL: `attention` one by one. Whoever replaces attention in a table replaces or empties this. */
+    llmpar_status (*attention_each)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args);
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
@@ -306,6 +311,8 @@ LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
 
 /* interleaved_rows with its fallback. Local. */
 LLMPAR_API int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
+/* attention_each with its fallback. Local. */
+LLMPAR_API llmpar_status llmpar_device_attention_each(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_each_args *args);
 /* tree_sum_to with its fallback. Local. */
 LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 
