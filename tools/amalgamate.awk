@@ -4,8 +4,8 @@
 #
 # #include "room/module.h" and .c are replaced by the file's text the first time and dropped afterwards. .inc templates,
 # which are included several times, stand once at the end of the header: it includes itself for each use. Templates included
-# line after line go together, and one alone of at most 100 lines is copied to each use, because compilers read the whole
-# header at every inclusion (60 ms each). Own includes are written from src/ and so contain a slash: "llmpar.h" passes through.
+# line after line go together, and one alone of at most 100 lines is copied to each use, the first time with the lines that are
+# comments alone, because compilers read the whole header at every inclusion (60 ms each). Own includes are written from src/ and so contain a slash: "llmpar.h" passes through.
 # <system.h> stays the first time that no condition stands around it, and always inside of one; the guards of headers go, and an
 # empty line that has nothing left above it. lines=1 adds #line directives, so that compilers, gdb and coverage name the file under src/.
 
@@ -24,9 +24,9 @@ BEGIN {
     exit failed
 }
 
-function inline_file(path, depth,    line, number, name, status, pending, conditions, guard) {
+function inline_file(path, depth, again,    line, number, name, status, pending, conditions, guard, comment) {
     if (depth > 20) die(path ": includes itself")
-    if (depth > 0) fence("/* ==== " path " ==== */")
+    if (depth > 0) fence("/* ==== " path (again ? " again" : "") " ==== */")
     mark(path, 1)
     number = 0
     conditions = path ~ /\.h$/ && depth > 0 ? -1 : 0 # of a header that stands there once the guard is none
@@ -39,6 +39,11 @@ function inline_file(path, depth,    line, number, name, status, pending, condit
             number++
         }
         if (line ~ /^[ \t]*#[ \t]*endif/ && --conditions < 0) guard = 1
+        if (again && line ~ /^[ \t]*\/\*/ && (line !~ /\*\// || line ~ /\*\/$/)) comment = 1
+        if (comment) {
+            if (line ~ /\*\//) comment = 0
+            continue
+        }
         if (guard || line ~ /^#include </ && depth > 0 && conditions <= 0 && seen[line]++) {
             mark(path, number + 1)
             continue
@@ -85,14 +90,14 @@ function own_include(line, place,    name) {
 function use_templates(names,    name) {
     name = substr(names, 2)
     if (name !~ / / && line_count(src "/" name) <= 100) {
-        inline_file(src "/" name, 1)
+        inline_file(src "/" name, 1, copied[name]++ && !lines) # #line counts every line
         return
     }
     if (!(names in seen)) {
         seen[names] = ++groups
         group[groups] = names
-    }
-    print "#define LLMPAR__TEMPLATE " seen[names] " /*" names " */"
+        print "#define LLMPAR__TEMPLATE " groups " /*" names " */"
+    } else print "#define LLMPAR__TEMPLATE " seen[names]
     print "#include LLMPAR_HEADER"
     empty = 0
 }
