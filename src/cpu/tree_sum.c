@@ -31,6 +31,8 @@
         else for (int v = 0; v < 4; v++) o[v] = s[v]; \
     }
 #define LLMPAR__TREE_AT(place, j) (*(const place *)(const void *)((const char *)in[j] + at))
+#define LLMPAR__TREE_OF_2(place, j) (LLMPAR__TREE_AT(place, j) + LLMPAR__TREE_AT(place, (j) + 1)) /* of operands j and j + 1 */
+#define LLMPAR__TREE_OF_4(place, j) (LLMPAR__TREE_OF_2(place, j) + LLMPAR__TREE_OF_2(place, (j) + 2))
 
 typedef struct llmpar__tree_job {
     const void *const *in; /* [n] */
@@ -125,3 +127,5 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #undef LLMPAR__TREE_FENCE
 #undef LLMPAR__TREE_STORE
 #undef LLMPAR__TREE_AT
+#undef LLMPAR__TREE_OF_2
+#undef LLMPAR__TREE_OF_4
