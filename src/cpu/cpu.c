@@ -127,7 +127,7 @@ static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stre
 static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char *name, llmpar_stream **out)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar__cpu_stream *stream = (llmpar__cpu_stream *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *stream);
+    llmpar__cpu_stream *stream = LLMPAR__ZALLOC(llmpar__cpu_stream, cpu->heap, 1);
     *out = (llmpar_stream *)(void *)stream;
     if (!stream) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for stream %s", name ? name : "?");
     snprintf(stream->name, sizeof stream->name, "%.15s", name ? name : "stream");
@@ -160,7 +160,7 @@ static llmpar_status llmpar__cpu_synchronize(llmpar_device *device, llmpar_strea
 static llmpar_status llmpar__cpu_event_create(llmpar_device *device, llmpar_event **out)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar__cpu_event *event = (llmpar__cpu_event *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *event);
+    llmpar__cpu_event *event = LLMPAR__ZALLOC(llmpar__cpu_event, cpu->heap, 1);
     *out = (llmpar_event *)(void *)event;
     if (!event) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for an event");
     return LLMPAR_OK;
@@ -324,7 +324,7 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     if (threads < 1 || threads > LLMPAR__CPU_MAX_THREADS)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: expected 1 to %d threads, got %d", LLMPAR__CPU_MAX_THREADS, (int)threads);
 
-    cpu = (llmpar__cpu_device *)llmpar_heap_zalloc(heap, 1, sizeof *cpu);
+    cpu = LLMPAR__ZALLOC(llmpar__cpu_device, heap, 1);
     if (!cpu) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for the device");
     cpu->state.heap = heap;
     cpu->state.level = level;

@@ -149,8 +149,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_e
 {
     llmpar_heap *heap = cpu->heap;
     int32_t threads = cpu->threads;
-    struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
-    llmpar__pool_worker *workers = pool ? (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *workers) : NULL;
+    struct llmpar__pool *pool = LLMPAR__ZALLOC(struct llmpar__pool, heap, 1);
+    llmpar__pool_worker *workers = pool ? LLMPAR__ZALLOC(llmpar__pool_worker, heap, (size_t)(threads - 1)) : NULL;
     pthread_attr_t attributes;
     char base[16], suffix[16];
     int32_t i;

@@ -156,7 +156,7 @@ static llmpar_status llmpar__stream_room(struct llmpar__queue *q, uint64_t bytes
     if (bytes > q->capacity / 2) {
         uint64_t capacity = q->capacity;
         while (bytes > capacity / 2) capacity *= 2;
-        unsigned char *ring = (unsigned char *)llmpar_heap_alloc(q->cpu.heap, (size_t)capacity, 1);
+        unsigned char *ring = LLMPAR__ALLOC(unsigned char, q->cpu.heap, (size_t)capacity);
         if (!ring) return llmpar_error_set(q->device->error, LLMPAR_ERR_MEMORY, "cpu stream %s: no memory for %llu bytes of arguments", q->name, (unsigned long long)bytes);
         llmpar__stream_host_until(q, q->tail);
         llmpar_heap_free(q->cpu.heap, q->ring);
@@ -304,9 +304,9 @@ static struct llmpar__queue *llmpar__stream_get(llmpar_heap *heap, struct llmpar
     struct llmpar__queue *q;
     for (q = all->first; q; q = q->next)
         if (!q->alive && !q->status) return q;
-    q = (struct llmpar__queue *)llmpar_heap_zalloc(heap, 1, sizeof *q);
+    q = LLMPAR__ZALLOC(struct llmpar__queue, heap, 1);
     if (!q) return NULL;
-    q->ring = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__STREAM_RING, 1);
+    q->ring = LLMPAR__ALLOC(unsigned char, heap, LLMPAR__STREAM_RING);
     if (!q->ring) {
         llmpar_heap_free(heap, q);
         return NULL;
@@ -331,7 +331,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     char base[16];
     *out = NULL;
     if (!cpu->queues) {
-        struct llmpar__queues *all = (struct llmpar__queues *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *all);
+        struct llmpar__queues *all = LLMPAR__ZALLOC(struct llmpar__queues, cpu->heap, 1);
         if (all) pthread_mutex_init(&all->lock, NULL);
         __atomic_store_n(&cpu->queues, all, __ATOMIC_RELEASE);
     }

@@ -91,8 +91,7 @@ static const char *llmpar__st_type_name(const llmpar_json *value)
     return names[value->type];
 }
 
-static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...) LLMPAR_PRINTF(4, 5);
-static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...)
+LLMPAR_PRINTF(4, 5) static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...)
 {
     char text[512];
     va_list list;

@@ -111,7 +111,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     if (!status && desc->logits_bytes < 0) status = llmpar_error_set(&error, LLMPAR_ERR_ARGUMENT, "llama: logits_bytes = %lld, expected 0 or more", (long long)desc->logits_bytes);
     if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_heap *heap = &ctx->heap;
-    llmpar_llama *model = (llmpar_llama *)llmpar_heap_zalloc(heap, 1, sizeof *model);
+    llmpar_llama *model = LLMPAR__ZALLOC(llmpar_llama, heap, 1);
     if (!model) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory");
     model->ctx = ctx;
     model->config = config;
@@ -124,9 +124,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
         model->place[p] = (bias && config.family != LLMPAR_FAMILY_QWEN2) || (norm && config.family != LLMPAR_FAMILY_QWEN3) ? -1 : model->block_params++;
     }
     size_t units = (size_t)model->unit_count, params = (size_t)config.layers * (size_t)model->block_params + 3;
-    model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
-    model->parts = (llmpar__part *)llmpar_heap_zalloc(heap, units, sizeof *model->parts);
-    model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
+    model->units = LLMPAR__ZALLOC(llmpar_unit, heap, units);
+    model->parts = LLMPAR__ZALLOC(llmpar__part, heap, units);
+    model->params = LLMPAR__ZALLOC(llmpar_param, heap, params);
     model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
     if (!model->units || !model->parts || !model->params || !model->names) {
         llmpar_llama_destroy(model);
@@ -216,7 +216,7 @@ static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__part 
     llmpar__op_list *out = &model->lists[part->list][backward];
     int32_t halves = part->halves ? part->halves : 1, joint = 0, count;
     if (out->ops) return LLMPAR_OK;
-    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)halves * LLMPAR__ROWS_MOST, sizeof *out->ops);
+    out->ops = LLMPAR__ZALLOC(llmpar_unit_op, &model->ctx->heap, (size_t)halves * LLMPAR__ROWS_MOST);
     if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
     for (int32_t i = 0; i < halves; i++) {
         int32_t half = backward ? halves - 1 - i : i;
@@ -456,7 +456,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_ca
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw)
 {
-    const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
+    const void **in = LLMPAR__ALLOC(const void *, &call->ctx->heap, (size_t)s->leaves);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
     for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * dim) * s->sum_size;
     llmpar_status status = llmpar__device_reduce(call->device, call->stream, LLMPAR_SUM, in, (int32_t)s->leaves, (size_t)dim, dw, s->sum);

@@ -71,7 +71,7 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
     /* No frequency exceeds 1, so this also bounds the angle that sincos has to reduce. */
     if (positions < 0 || positions > 1000000000)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: positions = %lld, expected 0 to 1000000000", (long long)positions);
-    inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
+    inv_freq = LLMPAR__ALLOC(double, heap, (size_t)pairs);
     if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
     llmpar_rope_inv_freq(config, positions, inv_freq);
     for (int64_t p = 0; p < positions; p++)

@@ -27,8 +27,7 @@ static void llmpar__manifest_add(llmpar__manifest_out *out, const char *text)
     if (!out->status && out->writer) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
 }
 
-static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...)
+LLMPAR_PRINTF(2, 3) static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...)
 {
     char text[512]; /* numbers and words of known length */
     va_list list;
@@ -135,8 +134,7 @@ typedef struct llmpar__manifest_in {
     llmpar_status status; /* the first failure: what comes behind is not looked at */
 } llmpar__manifest_in;
 
-static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...) LLMPAR_PRINTF(3, 4);
-static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...)
+LLMPAR_PRINTF(3, 4) static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...)
 {
     char text[400];
     va_list list;

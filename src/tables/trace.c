@@ -178,8 +178,7 @@ static void llmpar__trace_flush(llmpar__trace_out *out)
     out->used = 0;
 }
 
-static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...)
+LLMPAR_PRINTF(2, 3) static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...)
 {
     va_list args;
     if (out->used + LLMPAR__TRACE_LINE > LLMPAR__TRACE_TEXT) llmpar__trace_flush(out);
