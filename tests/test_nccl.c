@@ -320,6 +320,10 @@ TEST(nowhere_to_meet)
     llmpar_nccl_desc desc = { .file = "/nonexistent/folder/file", .deadline = 1 };
     CHECK_STATUS(rig_launch(1, &desc, barrier, NULL, &error), LLMPAR_OK);
     CHECK(rig_launch(2, &desc, barrier, NULL, &error) != LLMPAR_OK);
+    desc.file = ""; /* would be looked for until the deadline */
+    desc.deadline = 0;
+    CHECK_STATUS(rig_launch(2, &desc, barrier, NULL, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "nccl: file = \"\", expected a path");
     rig_comm = NULL;
 }
 

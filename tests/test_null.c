@@ -1,4 +1,4 @@
-/* NULL for every object, desc and path of the chapters io to run is refused, and everything that destroys, closes or frees takes it: each call in a process of its own, so that a crash is one failure with its name.
+/* NULL for every object, desc and path of the chapters io to run is refused, and so is an empty path, and everything that destroys, closes or frees takes it: each call in a process of its own, so that a crash is one failure with its name.
    The list is held against the declarations in src/. */
 #include "test.h"
 
@@ -27,6 +27,7 @@ static int run_case(rig *r, int number, int call, const char **name)
     uint64_t bytes = 0;
     size_t size = 0;
     int64_t step = 0;
+    uint64_t calls = 0;
     char *text = NULL;
     char buffer[64];
     double loss = 0;
@@ -51,6 +52,9 @@ static int run_case(rig *r, int number, int call, const char **name)
     llmpar_trainer *trainer = NULL;
     llmpar_trainer_desc recipe;
     llmpar_checkpoint *checkpoint = NULL;
+    llmpar_checkpoint_desc nowhere;
+    memset(&nowhere, 0, sizeof nowhere);
+    nowhere.directory = "";
     llmpar_checkpoint_info info;
     llmpar_tensor_file *tensor_file = NULL;
     llmpar_memory memory;
@@ -66,6 +70,7 @@ static int run_case(rig *r, int number, int call, const char **name)
 #define REFUSED(function, ...) CASE(#function "(" #__VA_ARGS__ ")", function(__VA_ARGS__) == LLMPAR_ERR_ARGUMENT && (!error->status || (error->status == LLMPAR_ERR_ARGUMENT && error->text[0])))
 #define TOLD(function, ...) CASE(#function "(" #__VA_ARGS__ ")", function(__VA_ARGS__) == LLMPAR_ERR_ARGUMENT && r->ctx->error.text[0]) /* a desc or path: the rank's error says so; of an object its maker did */
 #define NOTHING(function, ...) CASE(#function "(" #__VA_ARGS__ ")", !function(__VA_ARGS__))
+#define EMPTY(function, ...) CASE(#function "(" #__VA_ARGS__ "), an empty path", (calls = heap->calls, function(__VA_ARGS__) == LLMPAR_ERR_ARGUMENT) && heap->calls == calls && strstr(error->status ? error->text : r->ctx->error.text, "expected")) /* before anything is allocated */
 #define TAKEN(function, ...) CASE(#function "(" #__VA_ARGS__ ")", (function(__VA_ARGS__), 1))
 
     /* io */
@@ -89,6 +94,17 @@ static int run_case(rig *r, int number, int call, const char **name)
     NOTHING(llmpar_file_kind, NULL, NULL)
     NOTHING(llmpar_is_directory, NULL)
     NOTHING(llmpar_is_file, NULL)
+    EMPTY(llmpar_file_open, NULL, "", &file, error)
+    EMPTY(llmpar_file_load, heap, NULL, "", 100, &text, &size, error)
+    EMPTY(llmpar_file_map, "", &mapped, error)
+    EMPTY(llmpar_writer_open, heap, NULL, "", &writer, error)
+    EMPTY(llmpar_directory_ensure, NULL, "", error)
+    EMPTY(llmpar_directory_sync, NULL, "", error)
+    EMPTY(llmpar_file_rename, NULL, "", "x", error)
+    EMPTY(llmpar_file_rename, NULL, "x", "", error)
+    EMPTY(llmpar_file_remove, NULL, "", error)
+    EMPTY(llmpar_directory_list, NULL, "", list_nothing, NULL, error)
+    NOTHING(llmpar_file_kind, NULL, "")
     REFUSED(llmpar_safetensors_open, NULL, NULL, "x", &tensors, error)
     REFUSED(llmpar_safetensors_open, heap, NULL, NULL, &tensors, error)
     REFUSED(llmpar_safetensors_open_memory, NULL, "x", 1, "x", &tensors, error)
@@ -105,6 +121,9 @@ static int run_case(rig *r, int number, int call, const char **name)
     REFUSED(llmpar_safetensors_writer_write, NULL, "x", 1, error)
     REFUSED(llmpar_safetensors_writer_settle, NULL, error)
     REFUSED(llmpar_safetensors_writer_commit, NULL, error)
+    EMPTY(llmpar_safetensors_open, heap, NULL, "", &tensors, error)
+    EMPTY(llmpar_safetensors_check, heap, "", NULL, 0, error)
+    EMPTY(llmpar_safetensors_writer_open, heap, NULL, "", NULL, 0, &tensors_writer, error)
 
     /* text */
     REFUSED(llmpar_data_init, NULL, &data, error)
@@ -177,6 +196,15 @@ static int run_case(rig *r, int number, int call, const char **name)
     TOLD(llmpar_checkpoint_newest, r->ctx, NULL, 1, &step)
     REFUSED(llmpar_checkpoint_load, NULL, NULL, "x", NULL, NULL, &info)
     TOLD(llmpar_checkpoint_load, r->fsdp, NULL, NULL, NULL, NULL, &info)
+    EMPTY(llmpar_hf_files_open, heap, NULL, "", &files, error)
+    EMPTY(llmpar_hf_writer_open, heap, NULL, "", NULL, 0, 0, NULL, &hf_writer, error)
+    EMPTY(llmpar_hf_config, r->ctx, "", &config)
+    EMPTY(llmpar_hf_load, r->fsdp, "")
+    EMPTY(llmpar_hf_save, r->fsdp, &config, "", NULL)
+    EMPTY(llmpar_tensor_file_open, r->fsdp, "", NULL, 0, &tensor_file)
+    EMPTY(llmpar_checkpoint_create, r->fsdp, NULL, &nowhere, &checkpoint)
+    EMPTY(llmpar_checkpoint_newest, r->ctx, "", 1, &step)
+    EMPTY(llmpar_checkpoint_load, r->fsdp, NULL, "", NULL, NULL, &info)
 
     /* run */
     REFUSED(llmpar_launch, NULL, NULL, NULL, error)
@@ -196,6 +224,7 @@ static int run_case(rig *r, int number, int call, const char **name)
     REFUSED(llmpar_trainer_eval, NULL, 0, &loss)
     REFUSED(llmpar_trainer_save_gradients, NULL, "x")
     TOLD(llmpar_trainer_save_gradients, r->trainer, NULL)
+    EMPTY(llmpar_trainer_save_gradients, r->trainer, "")
     REFUSED(llmpar_trainer_save_trace, NULL)
     REFUSED(llmpar_memory_print, NULL, NULL, buffer, sizeof buffer)
     NOTHING(llmpar_trainer_fsdp, NULL)
@@ -206,6 +235,14 @@ static int run_case(rig *r, int number, int call, const char **name)
     TOLD(llmpar_load_hf, r->trainer, NULL)
     REFUSED(llmpar_save_hf, NULL, "x")
     TOLD(llmpar_save_hf, r->trainer, NULL)
+    EMPTY(llmpar_load_hf, r->trainer, "")
+    EMPTY(llmpar_save_hf, r->trainer, "")
+#define EMPTY_FIELD(field) EMPTY(llmpar_trainer_desc_resolve, (memset(&recipe, 0, sizeof recipe), recipe.seq_len = 8, recipe.field = "", &recipe), r->mesh, &config, error)
+    EMPTY_FIELD(data)
+    EMPTY_FIELD(log)
+    EMPTY_FIELD(trace)
+    EMPTY_FIELD(checkpoint)
+    EMPTY_FIELD(resume)
 
     /* every chapter: what destroys, closes or frees */
     TAKEN(llmpar_heap_free, heap, NULL)

@@ -51,6 +51,10 @@ LLMPAR_API llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
 /* A NULL where the manual refuses it. */
 #define LLMPAR__NEED(what, error) if (!(what)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: NULL, expected " #what, __func__)
 
+/* A path that is NULL, or empty: no file has it, and with a name behind it the root of the file system would be looked into. */
+#define LLMPAR__NO_PATH(path) (!(path) || !*(path))
+#define LLMPAR__NEED_PATH(path, error) if (LLMPAR__NO_PATH(path)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: " #path " = %s, expected a path", __func__, (path) ? "\"\"" : "NULL")
+
 /* Back to "no error" (status OK, rank -1, empty texts). */
 LLMPAR_API void llmpar_error_clear(llmpar_error *error);
 

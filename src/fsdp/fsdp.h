@@ -31,7 +31,7 @@ typedef struct llmpar_fsdp_desc {
     uint64_t seed;             /* initialisation */
     int32_t optimizer_states;  /* arrays of the sum type, one number an element of the shard, zeroed, that the optimizer gets with each update (AdamW 2, momentum 1); 0 .. LLMPAR_OPTIMIZER_STATES */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
-    const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default "." */
+    const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default (NULL or "") "." */
     int32_t count_only;        /* 1: nothing is initialised and no file is made: for a device that only counts */
     llmpar_tier offload_update;/* where the optimizer works. DEVICE (default); HOST (ZeRO-Offload, Ren et al. 2021): on the host's processors, in the host memory that optimizer state, parameters and gradients are all offloaded to;
                                   only gradients and parameters in the compute dtype travel. Same bits with AdamW and SGD; needs UPDATE_AFTER */

@@ -69,7 +69,7 @@ LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path,
     int number;
     memset(out, 0, sizeof *out);
     out->handle = -1;
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     out->io = io = llmpar__file_io(io);
     out->path = path;
     LLMPAR__AGAIN(look, path, &kind, &bytes);
@@ -114,7 +114,8 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
     llmpar_file file;
     *text = NULL;
     *bytes = 0;
-    LLMPAR__NEED(heap && path, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(path, error);
     llmpar_status status = llmpar_file_open(io, path, &file, error);
     if (status) return status;
     if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
@@ -191,7 +192,8 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     llmpar_writer *writer;
     llmpar_io_kind kind = llmpar_file_kind(io, path);
     *out = NULL;
-    LLMPAR__NEED(heap && path, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(path, error);
     size_t length = strlen(path);
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
@@ -266,7 +268,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
 LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int handle, number;
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     io = llmpar__file_io(io);
     number = llmpar__file_begin(io, path, LLMPAR_IO_DIRECTORY, &handle);
     /* A directory may be writable and not readable; then its entries stand without a sync. */
@@ -279,7 +281,8 @@ LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *
 LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error)
 {
     int number;
-    LLMPAR__NEED(from && to, error);
+    LLMPAR__NEED_PATH(from, error);
+    LLMPAR__NEED_PATH(to, error);
     io = llmpar__file_io(io);
     LLMPAR__AGAIN(rename, from, to);
     return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
@@ -288,7 +291,7 @@ LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *fro
 LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int number;
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     io = llmpar__file_io(io);
     LLMPAR__AGAIN(remove, path);
     return number && number != ENOENT ? llmpar__file_error(error, path, "cannot remove", number) : LLMPAR_OK;
@@ -297,7 +300,8 @@ LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *pat
 LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error)
 {
     int number;
-    LLMPAR__NEED(path && entry, error);
+    LLMPAR__NEED_PATH(path, error);
+    LLMPAR__NEED(entry, error);
     io = llmpar__file_io(io);
     LLMPAR__AGAIN(list, path, entry, user);
     return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
@@ -358,7 +362,7 @@ LLMPAR_DEF void llmpar_writer_abandon(llmpar_writer *writer)
 LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     char probe[4096];
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
     if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
     io = llmpar__file_io(io);

@@ -1,4 +1,4 @@
-/* file: reading, atomic writing and directories over a table of files. io NULL: the system's files. Errors name path, operation and the errno's text. Everything here is local. */
+/* file: reading, atomic writing and directories over a table of files. io NULL: the system's files. A path that is NULL or empty: LLMPAR_ERR_ARGUMENT. Errors name path, operation and the errno's text. Everything here is local. */
 #ifndef LLMPAR_FILE_H
 #define LLMPAR_FILE_H
 

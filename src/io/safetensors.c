@@ -334,7 +334,8 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
     char *header = NULL;
     size_t length = 0;
     *out = NULL;
-    LLMPAR__NEED(heap && path, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(path, error);
     llmpar__st_file *s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
     llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
@@ -429,7 +430,8 @@ static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tens
 static llmpar_status llmpar__st_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
     *total = 0;
-    LLMPAR__NEED(path && (tensors || count < 1), error);
+    LLMPAR__NEED_PATH(path, error);
+    LLMPAR__NEED(tensors || count < 1, error);
     if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
     for (int32_t i = 0; i < count; i++) {
         const llmpar_safetensor *tensor = &tensors[i];

@@ -318,7 +318,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 {
     LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no path");
+    if (LLMPAR__NO_PATH(path)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no path, expected one");
     LLMPAR__NO_ERROR(error);
     memset(info, 0, sizeof *info);
     llmpar__load *load = LLMPAR__ZALLOC(llmpar__load, &ctx->heap, 1);
@@ -352,7 +352,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *directory, int64_t below, int64_t *step)
 {
     LLMPAR__NEED(ctx, NULL);
-    if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no directory");
+    if (LLMPAR__NO_PATH(directory)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no directory, expected one");
     LLMPAR__NO_ERROR(error);
     *step = -1;
     llmpar_status status = ctx->rank ? LLMPAR_OK : llmpar__checkpoint_find(ctx->io, directory, below, step, &error);

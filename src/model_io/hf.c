@@ -18,7 +18,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 {
     LLMPAR__NEED(ctx, NULL);
     LLMPAR__NO_ERROR(error);
-    if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory");
+    if (LLMPAR__NO_PATH(directory)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory, expected one");
     char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
     size_t bytes;
     llmpar_status status = !path ? LLMPAR_ERR_MEMORY : llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
@@ -219,7 +219,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     LLMPAR__ZEROED(llmpar__hf_load, load);
     load.fsdp = fsdp;
     load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    if (!directory) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory");
+    if (LLMPAR__NO_PATH(directory)) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory, expected one");
     llmpar_device *device = load.ctx->device;
     llmpar_status status = device->stream_create(device, "load", &load.stream);
     if (!status) status = llmpar__hf_fail(load.ctx, llmpar_hf_files_open(&load.ctx->heap, load.ctx->io, directory, &load.files, &error), &error);
@@ -291,7 +291,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     size_t size = llmpar_dtype_size(dtype);
     int64_t most = 1, scratch = 1;
     *out = NULL;
-    if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no path");
+    if (LLMPAR__NO_PATH(path)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no path, expected one");
     int32_t all = llmpar_fsdp_unit_count(fsdp);
     if (!units) count = all;
     if (count < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: %d units", path, (int)count);

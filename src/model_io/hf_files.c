@@ -164,7 +164,8 @@ static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar
 LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error)
 {
     *out = NULL;
-    LLMPAR__NEED(heap && directory, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(directory, error);
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
     llmpar_hf_files *files = LLMPAR__ZALLOC(llmpar_hf_files, heap, 1);
     int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
@@ -249,7 +250,8 @@ static llmpar_status llmpar__hf_end_part(llmpar_hf_writer *w, llmpar_error *erro
 LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error)
 {
     *out = NULL;
-    LLMPAR__NEED(heap && directory, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(directory, error);
     llmpar_hf_writer *w = LLMPAR__ZALLOC(llmpar_hf_writer, heap, 1);
     llmpar_status status = LLMPAR_OK;
     if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);

@@ -49,6 +49,9 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     if (d->checkpoint_every < 0 || d->keep < 0) return LLMPAR__DESC_NO("checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
     if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return LLMPAR__DESC_NO("exact = %d, expected one of llmpar_exact", (int)d->exact);
     if (!llmpar_is_pow2(d->canon) || d->canon > 64) return LLMPAR__DESC_NO("canon = %d, expected a power of two up to 64", (int)d->canon);
+    const char *const path[] = { "data", d->data, "log", d->log, "trace", d->trace, "checkpoint", d->checkpoint, "resume", d->resume };
+    for (int i = 0; i < 10; i += 2)
+        if (path[i + 1] && !*path[i + 1]) return LLMPAR__DESC_NO("%s = \"\", expected a path or none", path[i]);
     return LLMPAR_OK;
 }
 

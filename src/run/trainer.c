@@ -80,7 +80,7 @@ static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
 {
     LLMPAR__NEED(t, NULL);
-    if (!t->train || !path) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", path ? "made without data, it cannot step" : "no path for gradients");
+    if (!t->train || LLMPAR__NO_PATH(path)) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", LLMPAR__NO_PATH(path) ? "no path for gradients, expected one" : "made without data, it cannot step");
     llmpar_heap_free(&t->ctx->heap, t->gradients);
     t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
     return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");

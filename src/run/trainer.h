@@ -34,7 +34,7 @@ typedef struct llmpar_trainer_desc {
     int32_t recompute_every;      /* only every n-th block recomputes; default 1 */
     int32_t freeze;               /* the first n units (embedding, blocks ..) are frozen */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
-    const char *offload_dir;      /* of the FILE tier; default "." */
+    const char *offload_dir;      /* of the FILE tier; default (NULL or "") "." */
     llmpar_tier offload_update;   /* DEVICE (default), or HOST: the optimizer works on the host's processors, where its state, the parameters and the gradients are all offloaded to host memory (ZeRO-Offload); AdamW and SGD, same bits */
     int32_t overlap;              /* 1: collectives and files move on threads of their own during compute; same bits */
     int32_t graphs;               /* 1: the units' instructions are replayed as CUDA graphs; same bits, less of the host's time. Needs a CUDA device in mode FAST, tp = 1, and no dtype F16: its loss scale changes what is replayed */
