@@ -86,7 +86,7 @@ static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, 
     l->scratch = at;
 }
 
-static llmpar__block_half llmpar__block_open(const llmpar_unit_call *call, int32_t j)
+static llmpar__block_half llmpar__block_open_at(const llmpar_unit_call *call, int32_t j)
 {
     llmpar__block_half half, *b = &half;
     llmpar__block_layout l;
@@ -129,6 +129,7 @@ static llmpar__block_half llmpar__block_open(const llmpar_unit_call *call, int32
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
     return half;
 }
+static llmpar__block_half llmpar__block_open(const llmpar_unit_call *call) { return llmpar__block_open_at(call, call->index); }
 
 /* Place of parameter p among those of the call; NULL where the family has none. */
 static void *llmpar__block_at(const llmpar__block_half *b, void *const *of, int p)
@@ -280,13 +281,8 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, 1, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, 1, s->dtype);
+    const int64_t h = s->h * s->e, k = s->k * s->e, dw[7][2] = { { s->d, s->f }, { s->f, s->d }, { s->d, h }, { h, s->d }, { k, s->d }, { h, 1 }, { k, 1 } };
+    for (int i = 0; i < 7; i++) w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, dw[i][0], dw[i][1], s->dtype);
     llmpar__block_dattention(b, NULL, &attention);
     w[n++] = device->attention_workspace(device, &attention.forward);
     w[n++] = device->attention_backward_workspace(device, &attention);
@@ -315,14 +311,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
 /* The half before ends here: its reduced sum and its input make this one's input. */
 static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index), before = llmpar__block_open(call, call->index - 1);
+    llmpar__block_half b = llmpar__block_open(call), before = llmpar__block_open_at(call, call->index - 1);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
@@ -337,7 +333,7 @@ static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__b
 static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
 {
     if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     llmpar_status status = llmpar__block_again(call, &b);
     return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
 }
@@ -345,13 +341,13 @@ static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
 static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
 {
     int backward = call->pass == LLMPAR_PASS_BACKWARD;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
 }
 
 static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     LLMPAR__ZEROED(llmpar_add_args, args);
     args.count = (size_t)(b.s.ns * b.s.d);
     args.a = b.input;
@@ -363,26 +359,26 @@ static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
 static llmpar_status llmpar__block_dnorm(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
 static llmpar_status llmpar__block_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
 static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
 {
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_norm_weight(call, &b.s, b.s.d, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
@@ -444,7 +440,7 @@ static llmpar_status llmpar__block_head_dnorm(const llmpar__block_half *b, const
 static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 {
     llmpar_attention_args attention;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     int norms = llmpar__block_has_norms(b.model);
     llmpar_status status = llmpar__block_head_product(&b, call, 0, norms ? b.raw : b.qkv);
@@ -458,7 +454,7 @@ static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_wo(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__block_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
 }
 
@@ -467,7 +463,7 @@ static const char *llmpar__block_dout(const llmpar__block_half *b) { return b->t
 static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 {
     llmpar_attention_backward_args attention;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = call->grads ? llmpar__block_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__block_dout(&b), s->d, b.o) : LLMPAR_OK;
     if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
@@ -478,7 +474,7 @@ static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 /* Ranks that share a kv head: dk and dv are summed over its query heads, and rounded once on their way to dqkv, where they stand one behind the other too. */
 static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     const llmpar_collective c = llmpar__comm_collective(b.dkv, b.dkv, (size_t)(s->n * 2 * s->e), s->sum, "dk dv/all_reduce");
     llmpar_status status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
@@ -488,7 +484,7 @@ static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 {
     llmpar_tp_operand heads[3];
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
     for (int i = 0; i < 2 && llmpar__block_has_norms(b.model) && !status; i++) status = llmpar__block_head_dnorm(&b, call, i);
     llmpar__block_heads(&b, call, b.dqkv, heads);
@@ -498,7 +494,7 @@ static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 {
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
     const size_t at[3] = {0, llmpar__block_k(s), llmpar__block_v(s)};
@@ -513,7 +509,7 @@ static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_head_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_sum_leaves(call, "q k norm weight/all_reduce", 2 * b.s.leaves * b.s.e, b.qk_leaves);
 }
 
@@ -521,7 +517,7 @@ static llmpar_status llmpar__block_head_norm_weight(llmpar_unit_call *call)
 {
     llmpar_status status = LLMPAR_OK;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     for (int i = 0; i < 2 && !status; i++)
         status = llmpar__llama_norm_weight(call, &b.s, b.s.e, b.qk_leaves + (size_t)(i * b.s.leaves * b.s.e) * b.s.sum_size, llmpar__block_grad(&b, call, LLMPAR__QNORM + i));
     return status;
@@ -537,14 +533,14 @@ static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const ll
 
 static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.gate);
     return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.up);
 }
 
 static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     LLMPAR__ZEROED(llmpar_swiglu_args, swiglu);
     swiglu.rows = b.s.n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
@@ -560,7 +556,7 @@ static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 {
     llmpar_tp_operand ffn[2];
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
     LLMPAR__ZEROED(llmpar_swiglu_backward_args, swiglu);
@@ -581,7 +577,7 @@ static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
 {
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
     if (!status) status = llmpar__block_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__block_dout(&b), s->d, b.act);
