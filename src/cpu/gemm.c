@@ -34,6 +34,8 @@
 #define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
 #endif
 
+#define LLMPAR__GEMM_NO(code, ...) llmpar_error_set(device->error, LLMPAR_ERR_##code, "gemm: " __VA_ARGS__)
+
 typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half half, half_out; } llmpar__gemm_rows; /* what the plain loops get; of a and b, of c */
 
 #define LLMPAR__GEMM_REAL double
@@ -550,7 +552,7 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
     llmpar__gemm_run run;
     int thin = llmpar__gemm_thin_takes(&cpu, args) || llmpar__gemm_has_interleaved(args);
     size_t bytes = args->workspace ? args->workspace_bytes : 0, need = thin ? llmpar__gemm_thin_workspace(&cpu, args) : llmpar__gemm_need(&run, &cpu, args);
-    if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
+    if (bytes < need) return LLMPAR__GEMM_NO(ARGUMENT, "expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
     if (thin) {
         llmpar__gemm_thin(&cpu, args);
         return LLMPAR_OK;
@@ -573,32 +575,32 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
     llmpar_dtype sum = llmpar_dtype_sum(args->dtype), out = args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype;
     int32_t s, previous = 0;
     if (args->kind != LLMPAR_GEMM_NT && args->kind != LLMPAR_GEMM_NN && args->kind != LLMPAR_GEMM_TN)
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: kind %d is none of NT, NN, TN", (int)args->kind);
+        return LLMPAR__GEMM_NO(ARGUMENT, "kind %d is none of NT, NN, TN", (int)args->kind);
     if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64 && args->dtype != LLMPAR_BF16 && args->dtype != LLMPAR_F16)
-        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected dtype f32, f64, bf16 or f16, got %s", llmpar_dtype_name(args->dtype));
+        return LLMPAR__GEMM_NO(UNSUPPORTED, "expected dtype f32, f64, bf16 or f16, got %s", llmpar_dtype_name(args->dtype));
     if (out != args->dtype && out != sum)
-        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected out_dtype %s%s%s for dtype %s, got %s", llmpar_dtype_name(args->dtype), sum != args->dtype ? " or " : "", sum != args->dtype ? llmpar_dtype_name(sum) : "", llmpar_dtype_name(args->dtype), llmpar_dtype_name(out));
+        return LLMPAR__GEMM_NO(UNSUPPORTED, "expected out_dtype %s%s%s for dtype %s, got %s", llmpar_dtype_name(args->dtype), sum != args->dtype ? " or " : "", sum != args->dtype ? llmpar_dtype_name(sum) : "", llmpar_dtype_name(args->dtype), llmpar_dtype_name(out));
     if (args->accumulate && out != sum)
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs out_dtype %s, got %s", llmpar_dtype_name(sum), llmpar_dtype_name(out));
-    if (args->m < 0 || args->n < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
-    if (args->m > 1 && args->ldc < args->n) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
-    if (args->pieces < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected at least 1 piece, got %d", (int)args->pieces);
-    if (args->accumulate && args->pieces != 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs exactly 1 piece, got %d", (int)args->pieces);
+        return LLMPAR__GEMM_NO(ARGUMENT, "accumulate needs out_dtype %s, got %s", llmpar_dtype_name(sum), llmpar_dtype_name(out));
+    if (args->m < 0 || args->n < 0) return LLMPAR__GEMM_NO(SHAPE, "negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
+    if (args->m > 1 && args->ldc < args->n) return LLMPAR__GEMM_NO(SHAPE, "ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
+    if (args->pieces < 1) return LLMPAR__GEMM_NO(ARGUMENT, "expected at least 1 piece, got %d", (int)args->pieces);
+    if (args->accumulate && args->pieces != 1) return LLMPAR__GEMM_NO(ARGUMENT, "accumulate needs exactly 1 piece, got %d", (int)args->pieces);
     for (s = 0; s < args->segment_count; s++) {
         const llmpar_gemm_segment *segment = &args->segments[s];
         int64_t a_width = args->kind == LLMPAR_GEMM_TN ? args->m : segment->k, b_width = args->kind == LLMPAR_GEMM_NT ? segment->k : args->n;
         int64_t a_rows = args->kind == LLMPAR_GEMM_TN ? segment->k : args->m, b_rows = args->kind == LLMPAR_GEMM_NT ? args->n : segment->k;
-        if (segment->k < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld", (int)s, (long long)segment->k);
+        if (segment->k < 0) return LLMPAR__GEMM_NO(SHAPE, "segment %d has k = %lld", (int)s, (long long)segment->k);
         if (segment->piece < previous || segment->piece >= args->pieces)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
+            return LLMPAR__GEMM_NO(ARGUMENT, "segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
         previous = segment->piece;
         if (a_rows > 1 && segment->lda < (a_width > 1 ? a_width : 0))
-            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
+            return LLMPAR__GEMM_NO(SHAPE, "segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
         if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
-            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
+            return LLMPAR__GEMM_NO(SHAPE, "segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
         if (!segment->interleaved) continue;
         if (args->kind != LLMPAR_GEMM_NT || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, a type that has such weights, and whole words, got kind %d, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind,
+            return LLMPAR__GEMM_NO(ARGUMENT, "segment %d is interleaved: expected NT, a type that has such weights, and whole words, got kind %d, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind,
                                     llmpar_dtype_name(args->dtype), (long long)segment->begin, (long long)segment->k, (long long)segment->ldb);
     }
     return LLMPAR_OK;
@@ -655,3 +657,4 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
 
 #undef LLMPAR__GEMM_CHAIN_F32
 #undef LLMPAR__GEMM_CHAIN_F64
+#undef LLMPAR__GEMM_NO

@@ -91,6 +91,7 @@ static const char *llmpar__st_type_name(const llmpar_json *value)
     return names[value->type];
 }
 
+#define LLMPAR__ST_BAD(format, ...) llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: " format, r->path, __VA_ARGS__)
 LLMPAR_PRINTF(4, 5) static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...)
 {
     char text[512];
@@ -174,8 +175,7 @@ static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_j
     if (strlen(entry->key) != entry->key_length)
         return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "the name holds a NUL byte");
     if (entry->type != LLMPAR_JSON_OBJECT)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(entry), entry->position);
+        return LLMPAR__ST_BAD("tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)", r->tensor, llmpar__st_type_name(entry), entry->position);
     if (!dtype || !shape || !offsets)
         return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "%s is missing", !dtype ? "dtype" : !shape ? "shape" : "data_offsets");
     for (member = entry->child; member; member = member->next)
@@ -189,12 +189,10 @@ static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_j
 static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const llmpar_json *metadata)
 {
     if (metadata->type != LLMPAR_JSON_OBJECT)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ is %s, expected an object of strings (header byte %zu)",
-                                r->path, llmpar__st_type_name(metadata), metadata->position);
+        return LLMPAR__ST_BAD("__metadata__ is %s, expected an object of strings (header byte %zu)", llmpar__st_type_name(metadata), metadata->position);
     for (const llmpar_json *member = metadata->child; member; member = member->next)
         if (member->type != LLMPAR_JSON_STRING)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ \"%.100s\" is %s, expected a string (header byte %zu)",
-                                    r->path, member->key, llmpar__st_type_name(member), member->position);
+            return LLMPAR__ST_BAD("__metadata__ \"%.100s\" is %s, expected a string (header byte %zu)", member->key, llmpar__st_type_name(member), member->position);
     return LLMPAR_OK;
 }
 
@@ -237,16 +235,14 @@ static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st
     for (int32_t i = 0; i < s->file.count; i++) {
         llmpar_safetensor *tensor = &s->tensors[i];
         if (tensor->begin > reached)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)",
-                                    r->path, tensor->name, tensor->begin, reached, tensor->begin - reached, data_at + reached);
+            return LLMPAR__ST_BAD("tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)", tensor->name, tensor->begin, reached, tensor->begin - reached, data_at + reached);
         if (tensor->begin < reached)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: it overlaps tensor \"%.200s\" (file byte %zu)",
-                                    r->path, tensor->name, tensor->begin, reached, s->tensors[i - 1].name, data_at + tensor->begin);
+            return LLMPAR__ST_BAD("tensor \"%.200s\" begins at data byte %zu, expected %zu: it overlaps tensor \"%.200s\" (file byte %zu)", tensor->name, tensor->begin, reached, s->tensors[i - 1].name, data_at + tensor->begin);
         reached += tensor->bytes;
         tensor->begin += data_at;
     }
     if (reached != r->data_bytes)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: %zu bytes follow the last tensor (file byte %zu)", r->path, r->data_bytes - reached, data_at + reached);
+        return LLMPAR__ST_BAD("%zu bytes follow the last tensor (file byte %zu)", r->data_bytes - reached, data_at + reached);
     llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_name);
     return LLMPAR_OK;
 }
@@ -551,5 +547,6 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #undef LLMPAR__ST_MAX_HEADER
 #undef LLMPAR__ST_MAX_DIMS
 #undef LLMPAR__ST_DTYPES
+#undef LLMPAR__ST_BAD
 
 #endif /* LLMPAR_NO_IO */

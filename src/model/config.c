@@ -183,6 +183,9 @@ static const char *llmpar__config_excerpt(const llmpar__config_reader *r, const 
     return out;
 }
 
+/* Its arguments end with the position. */
+#define LLMPAR__CONFIG_BAD(code, format, ...) llmpar_error_set(r->error, LLMPAR_ERR_##code, "%s: " format " (byte %zu)", r->name, __VA_ARGS__)
+
 static llmpar_status llmpar__config_wrong(const llmpar__config_reader *r, llmpar_status status, const llmpar_json *value, const char *expected)
 {
     char excerpt[80];
@@ -196,7 +199,7 @@ static llmpar_status llmpar__config_int(const llmpar__config_reader *r, const ll
     *out = missing;
     if (!value || (null_is_missing && value->type == LLMPAR_JSON_NULL)) {
         if (!required) return LLMPAR_OK;
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing (byte %zu)", r->name, key, object->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "%s is missing", key, object->position);
     }
     if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < INT32_MIN || value->integer > INT32_MAX)
         return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "an integer from 1 to 2147483647");
@@ -210,7 +213,7 @@ static llmpar_status llmpar__config_real(const llmpar__config_reader *r, const l
     *out = missing;
     if (!value) {
         if (!required) return LLMPAR_OK;
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing from %s (byte %zu)", r->name, key, object->key ? object->key : "the object", object->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "%s is missing from %s", key, object->key ? object->key : "the object", object->position);
     }
     if (value->type != LLMPAR_JSON_NUMBER) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "a number");
     *out = value->number;
@@ -247,14 +250,14 @@ static llmpar_status llmpar__config_read_family(const llmpar__config_reader *r, 
     int32_t f;
     if (architectures && architectures->type == LLMPAR_JSON_NULL) architectures = NULL;
     only = architectures && architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1 ? architectures->child : NULL;
-    if (!type && !architectures) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\" (byte %zu)", r->name, r->root->position);
+    if (!type && !architectures) return LLMPAR__CONFIG_BAD(CONFIG, "model_type is missing, expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\"", r->root->position);
     for (f = 0; f < LLMPAR__CONFIG_FAMILIES; f++)
         if (type ? llmpar__config_is_text(type, llmpar__config_families[f].type) : llmpar__config_is_text(only, llmpar__config_families[f].architecture)) break;
     if (type && f == LLMPAR__CONFIG_FAMILIES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"llama\", \"mistral\", \"qwen2\" or \"qwen3\"");
     if (architectures && (f == LLMPAR__CONFIG_FAMILIES || !llmpar__config_is_text(only, llmpar__config_families[f].architecture))) {
         char excerpt[80];
         llmpar__config_excerpt(r, only ? only : architectures, excerpt, sizeof excerpt);
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"%s\"]%s (byte %zu)", r->name, only ? "[" : "", excerpt, only ? "]" : "", llmpar__config_families[type ? f : 0].architecture,
+        return LLMPAR__CONFIG_BAD(UNSUPPORTED, "architectures = %s%s%s, expected [\"%s\"]%s", only ? "[" : "", excerpt, only ? "]" : "", llmpar__config_families[type ? f : 0].architecture,
                                 type ? "" : ", or Mistral, Qwen2 or Qwen3 in its place", architectures->position);
     }
     c->family = (llmpar_family)f;
@@ -283,7 +286,7 @@ static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r
     for (layer = layers->child; layer; layer = layer->next)
         if (!llmpar__config_is_text(layer, "full_attention")) {
             char excerpt[80];
-            return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: layer_types has %s, expected \"full_attention\" alone (byte %zu)", r->name, llmpar__config_excerpt(r, layer, excerpt, sizeof excerpt), layer->position);
+            return LLMPAR__CONFIG_BAD(UNSUPPORTED, "layer_types has %s, expected \"full_attention\" alone", llmpar__config_excerpt(r, layer, excerpt, sizeof excerpt), layer->position);
         }
     return LLMPAR_OK;
 }
@@ -300,15 +303,14 @@ static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, l
     if (status) return status;
     if (c->heads <= 0) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, heads, "a positive integer");
     if (layers && layers->type == LLMPAR_JSON_ARRAY && (int64_t)layers->length != c->layers)
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: layer_types has %zu entries, expected one for each of the %d layers (byte %zu)", r->name, layers->length, (int)c->layers, layers->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "layer_types has %zu entries, expected one for each of the %d layers", layers->length, (int)c->layers, layers->position);
     status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, kv_heads || !family->kv_heads ? c->heads : family->kv_heads, &c->kv_heads);
     if (!status) status = llmpar__config_int(r, root, "head_dim", !family->head_dim, 0, family->head_dim, &c->head_dim);
     if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, family->max_positions, &c->max_positions);
     if (status) return status;
     if (!family->head_dim && (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL)) {
         if (c->hidden > 0 && c->hidden % c->heads)
-            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing (byte %zu)",
-                                    r->name, (int)c->heads, (int)c->hidden, heads->position);
+            return LLMPAR__CONFIG_BAD(CONFIG, "num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing", (int)c->heads, (int)c->hidden, heads->position);
         c->head_dim = c->hidden / c->heads;
     }
     return LLMPAR_OK;
@@ -323,8 +325,7 @@ static llmpar_status llmpar__config_read_id(const llmpar__config_reader *r, cons
         return LLMPAR_OK;
     }
     if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < -1 || value->integer >= c->vocab)
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s = %s, expected a token id below vocab_size = %d, or null (byte %zu)",
-                                r->name, key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), (int)c->vocab, value->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "%s = %s, expected a token id below vocab_size = %d, or null", key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), (int)c->vocab, value->position);
     *out = (int32_t)value->integer;
     return LLMPAR_OK;
 }
@@ -344,7 +345,7 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
         return LLMPAR_OK;
     }
     if (eos->type == LLMPAR_JSON_ARRAY && eos->length > LLMPAR_MAX_EOS)
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: eos_token_id has %zu ids, at most %d are supported (byte %zu)", r->name, eos->length, LLMPAR_MAX_EOS, eos->position);
+        return LLMPAR__CONFIG_BAD(UNSUPPORTED, "eos_token_id has %zu ids, at most %d are supported", eos->length, LLMPAR_MAX_EOS, eos->position);
     for (item = eos->type == LLMPAR_JSON_ARRAY ? eos->child : eos; item && !status; item = eos->type == LLMPAR_JSON_ARRAY ? item->next : NULL) {
         status = llmpar__config_read_id(r, c, "eos_token_id", item, &id);
         if (!status && id >= 0) c->eos_id[c->eos_count++] = id;
@@ -362,7 +363,7 @@ static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *
     if (!type) {
         /* {"rope_theta": ...} alone is how newer files write unscaled RoPE; parameters of a scaling without its name are a fault. */
         if (llmpar_json_get(rope, "factor"))
-            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
+            return LLMPAR__CONFIG_BAD(CONFIG, "rope_type is missing from %s", rope->key, rope->position);
         *out = LLMPAR_ROPE_NONE;
         return LLMPAR_OK;
     }
@@ -427,14 +428,14 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
         size_t most = s->kind == LLMPAR_ROPE_YARN ? sizeof known / sizeof known[0] : (size_t)OLDER;
         for (i = 0; i < most && strcmp(member->key, known[i]); i++) {}
         if (i == most)
-            status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
+            status = LLMPAR__CONFIG_BAD(UNSUPPORTED, "%s has an unknown field %.80s", rope->key, member->key, member->position);
     }
     if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), "1");
     if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), "1");
     if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
     if (status) return status;
     if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_theta = %g contradicts %g in %s (byte %zu)", r->name, theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "rope_theta = %g contradicts %g in %s", theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
     if (s->kind == LLMPAR_ROPE_NONE) return LLMPAR_OK;
     status = llmpar__config_real(r, rope, "factor", 1, 0, &s->factor);
     if (status || s->kind == LLMPAR_ROPE_LINEAR || s->kind == LLMPAR_ROPE_DYNAMIC) return status;
@@ -452,7 +453,7 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 {
     const llmpar_json *tie = llmpar_json_get(r->root, "tie_word_embeddings"), *place, *rope;
     llmpar__config_fault fault;
-    if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
+    if (r->root->type != LLMPAR_JSON_OBJECT) return LLMPAR__CONFIG_BAD(FORMAT, "expected an object", r->root->position);
     llmpar_status status = llmpar__config_read_identity(r, c);
     if (!status) status = llmpar__config_read_sizes(r, c);
     if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
@@ -469,7 +470,7 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
     place = llmpar_json_get(rope, fault.field);
     if (!place) place = llmpar_json_get(r->root, fault.field);
     if (!place) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (a default; byte %zu)", r->name, fault.text, r->root->position);
-    return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (byte %zu)", r->name, fault.text, place->position);
+    return LLMPAR__CONFIG_BAD(CONFIG, "%s", fault.text, place->position);
 }
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
@@ -581,5 +582,6 @@ LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config
 }
 
 #undef LLMPAR__CONFIG_PRESETS
+#undef LLMPAR__CONFIG_BAD
 
 #endif /* LLMPAR_NO_LLAMA */
