@@ -242,6 +242,10 @@ LLMPAR_API llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
 /* A NULL where the manual refuses it. */
 #define LLMPAR__NEED(what, error) if (!(what)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: NULL, expected " #what, __func__)
 
+/* A path that is NULL, or empty: no file has it, and with a name behind it the root of the file system would be looked into. */
+#define LLMPAR__NO_PATH(path) (!(path) || !*(path))
+#define LLMPAR__NEED_PATH(path, error) if (LLMPAR__NO_PATH(path)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: " #path " = %s, expected a path", __func__, (path) ? "\"\"" : "NULL")
+
 /* Back to "no error" (status OK, rank -1, empty texts). */
 LLMPAR_API void llmpar_error_clear(llmpar_error *error);
 
@@ -1667,7 +1671,7 @@ typedef struct llmpar_fsdp_desc {
     uint64_t seed;             /* initialisation */
     int32_t optimizer_states;  /* arrays of the sum type, one number an element of the shard, zeroed, that the optimizer gets with each update (AdamW 2, momentum 1); 0 .. LLMPAR_OPTIMIZER_STATES */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
-    const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default "." */
+    const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default (NULL or "") "." */
     int32_t count_only;        /* 1: nothing is initialised and no file is made: for a device that only counts */
     llmpar_tier offload_update;/* where the optimizer works. DEVICE (default); HOST (ZeRO-Offload, Ren et al. 2021): on the host's processors, in the host memory that optimizer state, parameters and gradients are all offloaded to;
                                   only gradients and parameters in the compute dtype travel. Same bits with AdamW and SGD; needs UPDATE_AFTER */
@@ -2064,7 +2068,7 @@ LLMPAR_API llmpar_status llmpar_generator_destroy(llmpar_generator *generator);
 LLMPAR_API const llmpar_io *llmpar_io_system(void);
 
 /* ==== src/io/file.h ==== */
-/* file: reading, atomic writing and directories over a table of files. io NULL: the system's files. Errors name path, operation and the errno's text. Everything here is local. */
+/* file: reading, atomic writing and directories over a table of files. io NULL: the system's files. A path that is NULL or empty: LLMPAR_ERR_ARGUMENT. Errors name path, operation and the errno's text. Everything here is local. */
 
 /* An open file for reading, which may shrink or grow meanwhile: then a read fails, nothing else. Plain data; several threads may read. Closed by llmpar_file_close. */
 typedef struct llmpar_file {
@@ -2419,7 +2423,7 @@ typedef struct llmpar_trainer_desc {
     int32_t recompute_every;      /* only every n-th block recomputes; default 1 */
     int32_t freeze;               /* the first n units (embedding, blocks ..) are frozen */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
-    const char *offload_dir;      /* of the FILE tier; default "." */
+    const char *offload_dir;      /* of the FILE tier; default (NULL or "") "." */
     llmpar_tier offload_update;   /* DEVICE (default), or HOST: the optimizer works on the host's processors, where its state, the parameters and the gradients are all offloaded to host memory (ZeRO-Offload); AdamW and SGD, same bits */
     int32_t overlap;              /* 1: collectives and files move on threads of their own during compute; same bits */
     int32_t graphs;               /* 1: the units' instructions are replayed as CUDA graphs; same bits, less of the host's time. Needs a CUDA device in mode FAST, tp = 1, and no dtype F16: its loss scale changes what is replayed */
@@ -3690,12 +3694,7 @@ static inline llmpar__vec_portable_f64 llmpar__v_fma_once_portable_f64(llmpar__v
 #else
 #define LLMPAR__VFMA(a, b, c) ((a) * (b) + (c))
 #endif
-/* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane; LLMPAR__VFMA(a, b, c).
-   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
-   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
-   more_bits and less_bits are max and min of unsigned integers;
-   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
+/* ==== src/cpu/vector_portable.inc again ==== */
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
 {
     LLMPAR__VEC y = LLMPAR__VSPREAD(x);
@@ -4263,7 +4262,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx2_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx2_f16(word, i)
-#define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
+#define LLMPAR__TEMPLATE 1
 #include LLMPAR_HEADER
 
 #undef LLMPAR__THIN_VECTOR
@@ -4332,7 +4331,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #endif
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx512_f16(word, i)
-#define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
+#define LLMPAR__TEMPLATE 1
 #include LLMPAR_HEADER
 
 #undef LLMPAR__THIN_FOUR
@@ -4392,7 +4391,7 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) vfmaq_f32(sum, vdupq_n_f32(*(p)), b)
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_neon_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_neon_f16(word, i)
-#define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
+#define LLMPAR__TEMPLATE 1
 #include LLMPAR_HEADER
 
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
@@ -5492,6 +5491,8 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void) { return 0; }
 #define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
 #endif
 
+#define LLMPAR__GEMM_NO(code, ...) llmpar_error_set(device->error, LLMPAR_ERR_##code, "gemm: " __VA_ARGS__)
+
 typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half half, half_out; } llmpar__gemm_rows; /* what the plain loops get; of a and b, of c */
 
 #define LLMPAR__GEMM_REAL double
@@ -5554,12 +5555,7 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
 #define LLMPAR__GEMM_LOAD(base, i) ((const float *)(base))[i]
 #define LLMPAR__GEMM_STORE(base, i, value) ((float *)(base))[i] = (value)
-/* ==== src/cpu/gemm_portable.inc ==== */
-/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
-   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
-   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain, LLMPAR__GEMM_LOAD(base, i) element i of a, b or c as the element type, LLMPAR__GEMM_STORE(base, i, value) of c. */
-
-/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+/* ==== src/cpu/gemm_portable.inc again ==== */
 static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
 {
     enum { COLUMNS = 8 };
@@ -5585,7 +5581,6 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
                     for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, LLMPAR__GEMM_LOAD(segment->b, (j0 + j) * b_column + k * b_k), sum[j]);
                 }
             }
-            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
             for (done = piece + 1; done % 2 == 0; done /= 2) {
                 depth--;
                 for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
@@ -5608,12 +5603,7 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
 #define LLMPAR__GEMM_LOAD(base, i) (job->args->dtype == LLMPAR_BF16 ? llmpar_bf16_to_f32(((const uint16_t *)(base))[i]) : llmpar_f16_to_f32(((const uint16_t *)(base))[i]))
 #define LLMPAR__GEMM_STORE(base, i, value) do { float value_ = (value); if (job->half_out.narrow) llmpar__half_write(&job->half_out, base, i, 1, &value_); else ((float *)(base))[i] = value_; } while (0)
-/* ==== src/cpu/gemm_portable.inc ==== */
-/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
-   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
-   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain, LLMPAR__GEMM_LOAD(base, i) element i of a, b or c as the element type, LLMPAR__GEMM_STORE(base, i, value) of c. */
-
-/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+/* ==== src/cpu/gemm_portable.inc again ==== */
 static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
 {
     enum { COLUMNS = 8 };
@@ -5639,7 +5629,6 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
                     for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, LLMPAR__GEMM_LOAD(segment->b, (j0 + j) * b_column + k * b_k), sum[j]);
                 }
             }
-            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
             for (done = piece + 1; done % 2 == 0; done /= 2) {
                 depth--;
                 for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
@@ -6149,7 +6138,7 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
     llmpar__gemm_run run;
     int thin = llmpar__gemm_thin_takes(&cpu, args) || llmpar__gemm_has_interleaved(args);
     size_t bytes = args->workspace ? args->workspace_bytes : 0, need = thin ? llmpar__gemm_thin_workspace(&cpu, args) : llmpar__gemm_need(&run, &cpu, args);
-    if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
+    if (bytes < need) return LLMPAR__GEMM_NO(ARGUMENT, "expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
     if (thin) {
         llmpar__gemm_thin(&cpu, args);
         return LLMPAR_OK;
@@ -6172,32 +6161,32 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
     llmpar_dtype sum = llmpar_dtype_sum(args->dtype), out = args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype;
     int32_t s, previous = 0;
     if (args->kind != LLMPAR_GEMM_NT && args->kind != LLMPAR_GEMM_NN && args->kind != LLMPAR_GEMM_TN)
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: kind %d is none of NT, NN, TN", (int)args->kind);
+        return LLMPAR__GEMM_NO(ARGUMENT, "kind %d is none of NT, NN, TN", (int)args->kind);
     if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64 && args->dtype != LLMPAR_BF16 && args->dtype != LLMPAR_F16)
-        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected dtype f32, f64, bf16 or f16, got %s", llmpar_dtype_name(args->dtype));
+        return LLMPAR__GEMM_NO(UNSUPPORTED, "expected dtype f32, f64, bf16 or f16, got %s", llmpar_dtype_name(args->dtype));
     if (out != args->dtype && out != sum)
-        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected out_dtype %s%s%s for dtype %s, got %s", llmpar_dtype_name(args->dtype), sum != args->dtype ? " or " : "", sum != args->dtype ? llmpar_dtype_name(sum) : "", llmpar_dtype_name(args->dtype), llmpar_dtype_name(out));
+        return LLMPAR__GEMM_NO(UNSUPPORTED, "expected out_dtype %s%s%s for dtype %s, got %s", llmpar_dtype_name(args->dtype), sum != args->dtype ? " or " : "", sum != args->dtype ? llmpar_dtype_name(sum) : "", llmpar_dtype_name(args->dtype), llmpar_dtype_name(out));
     if (args->accumulate && out != sum)
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs out_dtype %s, got %s", llmpar_dtype_name(sum), llmpar_dtype_name(out));
-    if (args->m < 0 || args->n < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
-    if (args->m > 1 && args->ldc < args->n) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
-    if (args->pieces < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected at least 1 piece, got %d", (int)args->pieces);
-    if (args->accumulate && args->pieces != 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs exactly 1 piece, got %d", (int)args->pieces);
+        return LLMPAR__GEMM_NO(ARGUMENT, "accumulate needs out_dtype %s, got %s", llmpar_dtype_name(sum), llmpar_dtype_name(out));
+    if (args->m < 0 || args->n < 0) return LLMPAR__GEMM_NO(SHAPE, "negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
+    if (args->m > 1 && args->ldc < args->n) return LLMPAR__GEMM_NO(SHAPE, "ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
+    if (args->pieces < 1) return LLMPAR__GEMM_NO(ARGUMENT, "expected at least 1 piece, got %d", (int)args->pieces);
+    if (args->accumulate && args->pieces != 1) return LLMPAR__GEMM_NO(ARGUMENT, "accumulate needs exactly 1 piece, got %d", (int)args->pieces);
     for (s = 0; s < args->segment_count; s++) {
         const llmpar_gemm_segment *segment = &args->segments[s];
         int64_t a_width = args->kind == LLMPAR_GEMM_TN ? args->m : segment->k, b_width = args->kind == LLMPAR_GEMM_NT ? segment->k : args->n;
         int64_t a_rows = args->kind == LLMPAR_GEMM_TN ? segment->k : args->m, b_rows = args->kind == LLMPAR_GEMM_NT ? args->n : segment->k;
-        if (segment->k < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld", (int)s, (long long)segment->k);
+        if (segment->k < 0) return LLMPAR__GEMM_NO(SHAPE, "segment %d has k = %lld", (int)s, (long long)segment->k);
         if (segment->piece < previous || segment->piece >= args->pieces)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
+            return LLMPAR__GEMM_NO(ARGUMENT, "segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
         previous = segment->piece;
         if (a_rows > 1 && segment->lda < (a_width > 1 ? a_width : 0))
-            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
+            return LLMPAR__GEMM_NO(SHAPE, "segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
         if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
-            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
+            return LLMPAR__GEMM_NO(SHAPE, "segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
         if (!segment->interleaved) continue;
         if (args->kind != LLMPAR_GEMM_NT || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, a type that has such weights, and whole words, got kind %d, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind,
+            return LLMPAR__GEMM_NO(ARGUMENT, "segment %d is interleaved: expected NT, a type that has such weights, and whole words, got kind %d, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind,
                                     llmpar_dtype_name(args->dtype), (long long)segment->begin, (long long)segment->k, (long long)segment->ldb);
     }
     return LLMPAR_OK;
@@ -6254,6 +6243,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
 
 #undef LLMPAR__GEMM_CHAIN_F32
 #undef LLMPAR__GEMM_CHAIN_F64
+#undef LLMPAR__GEMM_NO
 /* ==== src/cpu/attention.c ==== */
 /* attention: causal softmax attention with grouped queries and packed documents, forward and backward (Dao et al. 2022, "FlashAttention";
    lse recomputation in backward). Scores exist only as tiles:
@@ -7016,6 +7006,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
         else for (int v = 0; v < 4; v++) o[v] = s[v]; \
     }
 #define LLMPAR__TREE_AT(place, j) (*(const place *)(const void *)((const char *)in[j] + at))
+#define LLMPAR__TREE_OF_2(place, j) (LLMPAR__TREE_AT(place, j) + LLMPAR__TREE_AT(place, (j) + 1)) /* of operands j and j + 1 */
+#define LLMPAR__TREE_OF_4(place, j) (LLMPAR__TREE_OF_2(place, j) + LLMPAR__TREE_OF_2(place, (j) + 2))
 
 typedef struct llmpar__tree_job {
     const void *const *in; /* [n] */
@@ -7071,10 +7063,9 @@ static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
         }
         for (size_t v = 0; v < 4; v++) {
             size_t at = i + 16 * v;
-            if (n == 2) s[v] = LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1);
-            else if (n == 4) s[v] = (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3));
-            else if (n == 8) s[v] = ((LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3)))
-                                + ((LLMPAR__TREE_AT(LLMPAR__TREE(loose), 4) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 5)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 6) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 7)));
+            if (n == 2) s[v] = LLMPAR__TREE_OF_2(LLMPAR__TREE(loose), 0);
+            else if (n == 4) s[v] = LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 0);
+            else if (n == 8) s[v] = LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 4);
             else s[v] = LLMPAR__TREE(of_vectors)(in, n, at);
         }
         LLMPAR__TREE_STORE(LLMPAR__TREE(loose))
@@ -7090,15 +7081,11 @@ static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
 #undef LLMPAR__TREE_ITEM
 #define LLMPAR__TREE(name) llmpar__tree_f64_##name
 #define LLMPAR__TREE_ITEM double
-/* ==== src/cpu/tree_sum.inc ==== */
-/* The loops of tree_sum.c for one element type. Parameters: LLMPAR__TREE(name), LLMPAR__TREE_ITEM. */
-
+/* ==== src/cpu/tree_sum.inc again ==== */
 typedef LLMPAR__TREE_ITEM LLMPAR__TREE(item) __attribute__((may_alias));
 typedef LLMPAR__TREE_ITEM LLMPAR__TREE(vector) __attribute__((vector_size(16)));
 typedef LLMPAR__TREE_ITEM LLMPAR__TREE(loose) __attribute__((vector_size(16), aligned(__alignof__(LLMPAR__TREE_ITEM)), may_alias));
 
-/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
-   from the right, which is the split at the largest power of two below n. */
 #define LLMPAR__TREE_SUM(name, type, place) \
     static __attribute__((noinline)) type LLMPAR__TREE(name)(const void *const *in, int32_t n, size_t at) \
     { \
@@ -7134,10 +7121,9 @@ static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
         }
         for (size_t v = 0; v < 4; v++) {
             size_t at = i + 16 * v;
-            if (n == 2) s[v] = LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1);
-            else if (n == 4) s[v] = (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3));
-            else if (n == 8) s[v] = ((LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3)))
-                                + ((LLMPAR__TREE_AT(LLMPAR__TREE(loose), 4) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 5)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 6) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 7)));
+            if (n == 2) s[v] = LLMPAR__TREE_OF_2(LLMPAR__TREE(loose), 0);
+            else if (n == 4) s[v] = LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 0);
+            else if (n == 8) s[v] = LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 4);
             else s[v] = LLMPAR__TREE(of_vectors)(in, n, at);
         }
         LLMPAR__TREE_STORE(LLMPAR__TREE(loose))
@@ -7153,15 +7139,11 @@ static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
 #undef LLMPAR__TREE_ITEM
 #define LLMPAR__TREE(name) llmpar__tree_u64_##name /* and signed ones: overflow wraps */
 #define LLMPAR__TREE_ITEM uint64_t
-/* ==== src/cpu/tree_sum.inc ==== */
-/* The loops of tree_sum.c for one element type. Parameters: LLMPAR__TREE(name), LLMPAR__TREE_ITEM. */
-
+/* ==== src/cpu/tree_sum.inc again ==== */
 typedef LLMPAR__TREE_ITEM LLMPAR__TREE(item) __attribute__((may_alias));
 typedef LLMPAR__TREE_ITEM LLMPAR__TREE(vector) __attribute__((vector_size(16)));
 typedef LLMPAR__TREE_ITEM LLMPAR__TREE(loose) __attribute__((vector_size(16), aligned(__alignof__(LLMPAR__TREE_ITEM)), may_alias));
 
-/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
-   from the right, which is the split at the largest power of two below n. */
 #define LLMPAR__TREE_SUM(name, type, place) \
     static __attribute__((noinline)) type LLMPAR__TREE(name)(const void *const *in, int32_t n, size_t at) \
     { \
@@ -7197,10 +7179,9 @@ static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
         }
         for (size_t v = 0; v < 4; v++) {
             size_t at = i + 16 * v;
-            if (n == 2) s[v] = LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1);
-            else if (n == 4) s[v] = (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3));
-            else if (n == 8) s[v] = ((LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3)))
-                                + ((LLMPAR__TREE_AT(LLMPAR__TREE(loose), 4) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 5)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 6) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 7)));
+            if (n == 2) s[v] = LLMPAR__TREE_OF_2(LLMPAR__TREE(loose), 0);
+            else if (n == 4) s[v] = LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 0);
+            else if (n == 8) s[v] = LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_OF_4(LLMPAR__TREE(loose), 4);
             else s[v] = LLMPAR__TREE(of_vectors)(in, n, at);
         }
         LLMPAR__TREE_STORE(LLMPAR__TREE(loose))
@@ -7290,6 +7271,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #undef LLMPAR__TREE_FENCE
 #undef LLMPAR__TREE_STORE
 #undef LLMPAR__TREE_AT
+#undef LLMPAR__TREE_OF_2
+#undef LLMPAR__TREE_OF_4
 /* ==== src/cpu/kernels_avx2.c ==== */
 /* kernels_avx2: every kernel for AVX2 with fma. */
 
@@ -7313,7 +7296,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #define LLMPAR__ATTENTION_ROWS 6 /* of the register tile, */
 #define LLMPAR__ATTENTION_COLUMNS 4 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 2 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
+#define LLMPAR__TEMPLATE 2
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -7331,7 +7314,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #define LLMPAR__ATTENTION_ROWS 4 /* of the register tile, */
 #define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 2 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
+#define LLMPAR__TEMPLATE 2
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -7785,7 +7768,7 @@ static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stre
 static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char *name, llmpar_stream **out)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar__cpu_stream *stream = (llmpar__cpu_stream *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *stream);
+    llmpar__cpu_stream *stream = LLMPAR__ZALLOC(llmpar__cpu_stream, cpu->heap, 1);
     *out = (llmpar_stream *)(void *)stream;
     if (!stream) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for stream %s", name ? name : "?");
     snprintf(stream->name, sizeof stream->name, "%.15s", name ? name : "stream");
@@ -7818,7 +7801,7 @@ static llmpar_status llmpar__cpu_synchronize(llmpar_device *device, llmpar_strea
 static llmpar_status llmpar__cpu_event_create(llmpar_device *device, llmpar_event **out)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar__cpu_event *event = (llmpar__cpu_event *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *event);
+    llmpar__cpu_event *event = LLMPAR__ZALLOC(llmpar__cpu_event, cpu->heap, 1);
     *out = (llmpar_event *)(void *)event;
     if (!event) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for an event");
     return LLMPAR_OK;
@@ -7982,7 +7965,7 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     if (threads < 1 || threads > LLMPAR__CPU_MAX_THREADS)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: expected 1 to %d threads, got %d", LLMPAR__CPU_MAX_THREADS, (int)threads);
 
-    cpu = (llmpar__cpu_device *)llmpar_heap_zalloc(heap, 1, sizeof *cpu);
+    cpu = LLMPAR__ZALLOC(llmpar__cpu_device, heap, 1);
     if (!cpu) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for the device");
     cpu->state.heap = heap;
     cpu->state.level = level;
@@ -8223,8 +8206,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_e
 {
     llmpar_heap *heap = cpu->heap;
     int32_t threads = cpu->threads;
-    struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
-    llmpar__pool_worker *workers = pool ? (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *workers) : NULL;
+    struct llmpar__pool *pool = LLMPAR__ZALLOC(struct llmpar__pool, heap, 1);
+    llmpar__pool_worker *workers = pool ? LLMPAR__ZALLOC(llmpar__pool_worker, heap, (size_t)(threads - 1)) : NULL;
     pthread_attr_t attributes;
     char base[16], suffix[16];
     int32_t i;
@@ -8451,7 +8434,7 @@ static llmpar_status llmpar__stream_room(struct llmpar__queue *q, uint64_t bytes
     if (bytes > q->capacity / 2) {
         uint64_t capacity = q->capacity;
         while (bytes > capacity / 2) capacity *= 2;
-        unsigned char *ring = (unsigned char *)llmpar_heap_alloc(q->cpu.heap, (size_t)capacity, 1);
+        unsigned char *ring = LLMPAR__ALLOC(unsigned char, q->cpu.heap, (size_t)capacity);
         if (!ring) return llmpar_error_set(q->device->error, LLMPAR_ERR_MEMORY, "cpu stream %s: no memory for %llu bytes of arguments", q->name, (unsigned long long)bytes);
         llmpar__stream_host_until(q, q->tail);
         llmpar_heap_free(q->cpu.heap, q->ring);
@@ -8599,9 +8582,9 @@ static struct llmpar__queue *llmpar__stream_get(llmpar_heap *heap, struct llmpar
     struct llmpar__queue *q;
     for (q = all->first; q; q = q->next)
         if (!q->alive && !q->status) return q;
-    q = (struct llmpar__queue *)llmpar_heap_zalloc(heap, 1, sizeof *q);
+    q = LLMPAR__ZALLOC(struct llmpar__queue, heap, 1);
     if (!q) return NULL;
-    q->ring = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__STREAM_RING, 1);
+    q->ring = LLMPAR__ALLOC(unsigned char, heap, LLMPAR__STREAM_RING);
     if (!q->ring) {
         llmpar_heap_free(heap, q);
         return NULL;
@@ -8626,7 +8609,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     char base[16];
     *out = NULL;
     if (!cpu->queues) {
-        struct llmpar__queues *all = (struct llmpar__queues *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *all);
+        struct llmpar__queues *all = LLMPAR__ZALLOC(struct llmpar__queues, cpu->heap, 1);
         if (all) pthread_mutex_init(&all->lock, NULL);
         __atomic_store_n(&cpu->queues, all, __ATOMIC_RELEASE);
     }
@@ -13948,8 +13931,7 @@ static void llmpar__trace_flush(llmpar__trace_out *out)
     out->used = 0;
 }
 
-static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...)
+LLMPAR_PRINTF(2, 3) static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...)
 {
     va_list args;
     if (out->used + LLMPAR__TRACE_LINE > LLMPAR__TRACE_TEXT) llmpar__trace_flush(out);
@@ -14078,7 +14060,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
 #define LLMPAR__ATTENTION_ROWS 4 /* of the register tile, */
 #define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f64
-#define LLMPAR__TEMPLATE 2 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
+#define LLMPAR__TEMPLATE 2
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -14858,7 +14840,7 @@ LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path,
     int number;
     memset(out, 0, sizeof *out);
     out->handle = -1;
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     out->io = io = llmpar__file_io(io);
     out->path = path;
     LLMPAR__AGAIN(look, path, &kind, &bytes);
@@ -14903,7 +14885,8 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
     llmpar_file file;
     *text = NULL;
     *bytes = 0;
-    LLMPAR__NEED(heap && path, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(path, error);
     llmpar_status status = llmpar_file_open(io, path, &file, error);
     if (status) return status;
     if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
@@ -14980,7 +14963,8 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     llmpar_writer *writer;
     llmpar_io_kind kind = llmpar_file_kind(io, path);
     *out = NULL;
-    LLMPAR__NEED(heap && path, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(path, error);
     size_t length = strlen(path);
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
@@ -15055,7 +15039,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
 LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int handle, number;
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     io = llmpar__file_io(io);
     number = llmpar__file_begin(io, path, LLMPAR_IO_DIRECTORY, &handle);
     /* A directory may be writable and not readable; then its entries stand without a sync. */
@@ -15068,7 +15052,8 @@ LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *
 LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error)
 {
     int number;
-    LLMPAR__NEED(from && to, error);
+    LLMPAR__NEED_PATH(from, error);
+    LLMPAR__NEED_PATH(to, error);
     io = llmpar__file_io(io);
     LLMPAR__AGAIN(rename, from, to);
     return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
@@ -15077,7 +15062,7 @@ LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *fro
 LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     int number;
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     io = llmpar__file_io(io);
     LLMPAR__AGAIN(remove, path);
     return number && number != ENOENT ? llmpar__file_error(error, path, "cannot remove", number) : LLMPAR_OK;
@@ -15086,7 +15071,8 @@ LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *pat
 LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error)
 {
     int number;
-    LLMPAR__NEED(path && entry, error);
+    LLMPAR__NEED_PATH(path, error);
+    LLMPAR__NEED(entry, error);
     io = llmpar__file_io(io);
     LLMPAR__AGAIN(list, path, entry, user);
     return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
@@ -15147,7 +15133,7 @@ LLMPAR_DEF void llmpar_writer_abandon(llmpar_writer *writer)
 LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     char probe[4096];
-    LLMPAR__NEED(path, error);
+    LLMPAR__NEED_PATH(path, error);
     int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
     if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
     io = llmpar__file_io(io);
@@ -15250,8 +15236,8 @@ static const char *llmpar__st_type_name(const llmpar_json *value)
     return names[value->type];
 }
 
-static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...) LLMPAR_PRINTF(4, 5);
-static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...)
+#define LLMPAR__ST_BAD(format, ...) llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: " format, r->path, __VA_ARGS__)
+LLMPAR_PRINTF(4, 5) static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...)
 {
     char text[512];
     va_list list;
@@ -15334,8 +15320,7 @@ static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_j
     if (strlen(entry->key) != entry->key_length)
         return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "the name holds a NUL byte");
     if (entry->type != LLMPAR_JSON_OBJECT)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(entry), entry->position);
+        return LLMPAR__ST_BAD("tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)", r->tensor, llmpar__st_type_name(entry), entry->position);
     if (!dtype || !shape || !offsets)
         return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "%s is missing", !dtype ? "dtype" : !shape ? "shape" : "data_offsets");
     for (member = entry->child; member; member = member->next)
@@ -15349,12 +15334,10 @@ static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_j
 static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const llmpar_json *metadata)
 {
     if (metadata->type != LLMPAR_JSON_OBJECT)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ is %s, expected an object of strings (header byte %zu)",
-                                r->path, llmpar__st_type_name(metadata), metadata->position);
+        return LLMPAR__ST_BAD("__metadata__ is %s, expected an object of strings (header byte %zu)", llmpar__st_type_name(metadata), metadata->position);
     for (const llmpar_json *member = metadata->child; member; member = member->next)
         if (member->type != LLMPAR_JSON_STRING)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ \"%.100s\" is %s, expected a string (header byte %zu)",
-                                    r->path, member->key, llmpar__st_type_name(member), member->position);
+            return LLMPAR__ST_BAD("__metadata__ \"%.100s\" is %s, expected a string (header byte %zu)", member->key, llmpar__st_type_name(member), member->position);
     return LLMPAR_OK;
 }
 
@@ -15397,16 +15380,14 @@ static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st
     for (int32_t i = 0; i < s->file.count; i++) {
         llmpar_safetensor *tensor = &s->tensors[i];
         if (tensor->begin > reached)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)",
-                                    r->path, tensor->name, tensor->begin, reached, tensor->begin - reached, data_at + reached);
+            return LLMPAR__ST_BAD("tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)", tensor->name, tensor->begin, reached, tensor->begin - reached, data_at + reached);
         if (tensor->begin < reached)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: it overlaps tensor \"%.200s\" (file byte %zu)",
-                                    r->path, tensor->name, tensor->begin, reached, s->tensors[i - 1].name, data_at + tensor->begin);
+            return LLMPAR__ST_BAD("tensor \"%.200s\" begins at data byte %zu, expected %zu: it overlaps tensor \"%.200s\" (file byte %zu)", tensor->name, tensor->begin, reached, s->tensors[i - 1].name, data_at + tensor->begin);
         reached += tensor->bytes;
         tensor->begin += data_at;
     }
     if (reached != r->data_bytes)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: %zu bytes follow the last tensor (file byte %zu)", r->path, r->data_bytes - reached, data_at + reached);
+        return LLMPAR__ST_BAD("%zu bytes follow the last tensor (file byte %zu)", r->data_bytes - reached, data_at + reached);
     llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_name);
     return LLMPAR_OK;
 }
@@ -15494,7 +15475,8 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
     char *header = NULL;
     size_t length = 0;
     *out = NULL;
-    LLMPAR__NEED(heap && path, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(path, error);
     llmpar__st_file *s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
     llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
@@ -15589,7 +15571,8 @@ static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tens
 static llmpar_status llmpar__st_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
     *total = 0;
-    LLMPAR__NEED(path && (tensors || count < 1), error);
+    LLMPAR__NEED_PATH(path, error);
+    LLMPAR__NEED(tensors || count < 1, error);
     if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
     for (int32_t i = 0; i < count; i++) {
         const llmpar_safetensor *tensor = &tensors[i];
@@ -15709,6 +15692,7 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #undef LLMPAR__ST_MAX_HEADER
 #undef LLMPAR__ST_MAX_DIMS
 #undef LLMPAR__ST_DTYPES
+#undef LLMPAR__ST_BAD
 
 #endif /* LLMPAR_NO_IO */
 
@@ -22363,6 +22347,9 @@ static const char *llmpar__config_excerpt(const llmpar__config_reader *r, const 
     return out;
 }
 
+/* Its arguments end with the position. */
+#define LLMPAR__CONFIG_BAD(code, format, ...) llmpar_error_set(r->error, LLMPAR_ERR_##code, "%s: " format " (byte %zu)", r->name, __VA_ARGS__)
+
 static llmpar_status llmpar__config_wrong(const llmpar__config_reader *r, llmpar_status status, const llmpar_json *value, const char *expected)
 {
     char excerpt[80];
@@ -22376,7 +22363,7 @@ static llmpar_status llmpar__config_int(const llmpar__config_reader *r, const ll
     *out = missing;
     if (!value || (null_is_missing && value->type == LLMPAR_JSON_NULL)) {
         if (!required) return LLMPAR_OK;
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing (byte %zu)", r->name, key, object->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "%s is missing", key, object->position);
     }
     if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < INT32_MIN || value->integer > INT32_MAX)
         return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "an integer from 1 to 2147483647");
@@ -22390,7 +22377,7 @@ static llmpar_status llmpar__config_real(const llmpar__config_reader *r, const l
     *out = missing;
     if (!value) {
         if (!required) return LLMPAR_OK;
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing from %s (byte %zu)", r->name, key, object->key ? object->key : "the object", object->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "%s is missing from %s", key, object->key ? object->key : "the object", object->position);
     }
     if (value->type != LLMPAR_JSON_NUMBER) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "a number");
     *out = value->number;
@@ -22427,14 +22414,14 @@ static llmpar_status llmpar__config_read_family(const llmpar__config_reader *r, 
     int32_t f;
     if (architectures && architectures->type == LLMPAR_JSON_NULL) architectures = NULL;
     only = architectures && architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1 ? architectures->child : NULL;
-    if (!type && !architectures) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\" (byte %zu)", r->name, r->root->position);
+    if (!type && !architectures) return LLMPAR__CONFIG_BAD(CONFIG, "model_type is missing, expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\"", r->root->position);
     for (f = 0; f < LLMPAR__CONFIG_FAMILIES; f++)
         if (type ? llmpar__config_is_text(type, llmpar__config_families[f].type) : llmpar__config_is_text(only, llmpar__config_families[f].architecture)) break;
     if (type && f == LLMPAR__CONFIG_FAMILIES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"llama\", \"mistral\", \"qwen2\" or \"qwen3\"");
     if (architectures && (f == LLMPAR__CONFIG_FAMILIES || !llmpar__config_is_text(only, llmpar__config_families[f].architecture))) {
         char excerpt[80];
         llmpar__config_excerpt(r, only ? only : architectures, excerpt, sizeof excerpt);
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"%s\"]%s (byte %zu)", r->name, only ? "[" : "", excerpt, only ? "]" : "", llmpar__config_families[type ? f : 0].architecture,
+        return LLMPAR__CONFIG_BAD(UNSUPPORTED, "architectures = %s%s%s, expected [\"%s\"]%s", only ? "[" : "", excerpt, only ? "]" : "", llmpar__config_families[type ? f : 0].architecture,
                                 type ? "" : ", or Mistral, Qwen2 or Qwen3 in its place", architectures->position);
     }
     c->family = (llmpar_family)f;
@@ -22463,7 +22450,7 @@ static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r
     for (layer = layers->child; layer; layer = layer->next)
         if (!llmpar__config_is_text(layer, "full_attention")) {
             char excerpt[80];
-            return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: layer_types has %s, expected \"full_attention\" alone (byte %zu)", r->name, llmpar__config_excerpt(r, layer, excerpt, sizeof excerpt), layer->position);
+            return LLMPAR__CONFIG_BAD(UNSUPPORTED, "layer_types has %s, expected \"full_attention\" alone", llmpar__config_excerpt(r, layer, excerpt, sizeof excerpt), layer->position);
         }
     return LLMPAR_OK;
 }
@@ -22480,15 +22467,14 @@ static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, l
     if (status) return status;
     if (c->heads <= 0) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, heads, "a positive integer");
     if (layers && layers->type == LLMPAR_JSON_ARRAY && (int64_t)layers->length != c->layers)
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: layer_types has %zu entries, expected one for each of the %d layers (byte %zu)", r->name, layers->length, (int)c->layers, layers->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "layer_types has %zu entries, expected one for each of the %d layers", layers->length, (int)c->layers, layers->position);
     status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, kv_heads || !family->kv_heads ? c->heads : family->kv_heads, &c->kv_heads);
     if (!status) status = llmpar__config_int(r, root, "head_dim", !family->head_dim, 0, family->head_dim, &c->head_dim);
     if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, family->max_positions, &c->max_positions);
     if (status) return status;
     if (!family->head_dim && (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL)) {
         if (c->hidden > 0 && c->hidden % c->heads)
-            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing (byte %zu)",
-                                    r->name, (int)c->heads, (int)c->hidden, heads->position);
+            return LLMPAR__CONFIG_BAD(CONFIG, "num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing", (int)c->heads, (int)c->hidden, heads->position);
         c->head_dim = c->hidden / c->heads;
     }
     return LLMPAR_OK;
@@ -22503,8 +22489,7 @@ static llmpar_status llmpar__config_read_id(const llmpar__config_reader *r, cons
         return LLMPAR_OK;
     }
     if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < -1 || value->integer >= c->vocab)
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s = %s, expected a token id below vocab_size = %d, or null (byte %zu)",
-                                r->name, key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), (int)c->vocab, value->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "%s = %s, expected a token id below vocab_size = %d, or null", key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), (int)c->vocab, value->position);
     *out = (int32_t)value->integer;
     return LLMPAR_OK;
 }
@@ -22524,7 +22509,7 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
         return LLMPAR_OK;
     }
     if (eos->type == LLMPAR_JSON_ARRAY && eos->length > LLMPAR_MAX_EOS)
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: eos_token_id has %zu ids, at most %d are supported (byte %zu)", r->name, eos->length, LLMPAR_MAX_EOS, eos->position);
+        return LLMPAR__CONFIG_BAD(UNSUPPORTED, "eos_token_id has %zu ids, at most %d are supported", eos->length, LLMPAR_MAX_EOS, eos->position);
     for (item = eos->type == LLMPAR_JSON_ARRAY ? eos->child : eos; item && !status; item = eos->type == LLMPAR_JSON_ARRAY ? item->next : NULL) {
         status = llmpar__config_read_id(r, c, "eos_token_id", item, &id);
         if (!status && id >= 0) c->eos_id[c->eos_count++] = id;
@@ -22542,7 +22527,7 @@ static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *
     if (!type) {
         /* {"rope_theta": ...} alone is how newer files write unscaled RoPE; parameters of a scaling without its name are a fault. */
         if (llmpar_json_get(rope, "factor"))
-            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
+            return LLMPAR__CONFIG_BAD(CONFIG, "rope_type is missing from %s", rope->key, rope->position);
         *out = LLMPAR_ROPE_NONE;
         return LLMPAR_OK;
     }
@@ -22607,14 +22592,14 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
         size_t most = s->kind == LLMPAR_ROPE_YARN ? sizeof known / sizeof known[0] : (size_t)OLDER;
         for (i = 0; i < most && strcmp(member->key, known[i]); i++) {}
         if (i == most)
-            status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
+            status = LLMPAR__CONFIG_BAD(UNSUPPORTED, "%s has an unknown field %.80s", rope->key, member->key, member->position);
     }
     if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), "1");
     if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), "1");
     if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
     if (status) return status;
     if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_theta = %g contradicts %g in %s (byte %zu)", r->name, theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
+        return LLMPAR__CONFIG_BAD(CONFIG, "rope_theta = %g contradicts %g in %s", theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
     if (s->kind == LLMPAR_ROPE_NONE) return LLMPAR_OK;
     status = llmpar__config_real(r, rope, "factor", 1, 0, &s->factor);
     if (status || s->kind == LLMPAR_ROPE_LINEAR || s->kind == LLMPAR_ROPE_DYNAMIC) return status;
@@ -22632,7 +22617,7 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 {
     const llmpar_json *tie = llmpar_json_get(r->root, "tie_word_embeddings"), *place, *rope;
     llmpar__config_fault fault;
-    if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
+    if (r->root->type != LLMPAR_JSON_OBJECT) return LLMPAR__CONFIG_BAD(FORMAT, "expected an object", r->root->position);
     llmpar_status status = llmpar__config_read_identity(r, c);
     if (!status) status = llmpar__config_read_sizes(r, c);
     if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
@@ -22649,7 +22634,7 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
     place = llmpar_json_get(rope, fault.field);
     if (!place) place = llmpar_json_get(r->root, fault.field);
     if (!place) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (a default; byte %zu)", r->name, fault.text, r->root->position);
-    return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (byte %zu)", r->name, fault.text, place->position);
+    return LLMPAR__CONFIG_BAD(CONFIG, "%s", fault.text, place->position);
 }
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
@@ -22761,6 +22746,7 @@ LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config
 }
 
 #undef LLMPAR__CONFIG_PRESETS
+#undef LLMPAR__CONFIG_BAD
 
 #endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/rope_tables.c ==== */
@@ -22835,7 +22821,7 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
     /* No frequency exceeds 1, so this also bounds the angle that sincos has to reduce. */
     if (positions < 0 || positions > 1000000000)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: positions = %lld, expected 0 to 1000000000", (long long)positions);
-    inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
+    inv_freq = LLMPAR__ALLOC(double, heap, (size_t)pairs);
     if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
     llmpar_rope_inv_freq(config, positions, inv_freq);
     for (int64_t p = 0; p < positions; p++)
@@ -22964,7 +22950,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     if (!status && desc->logits_bytes < 0) status = llmpar_error_set(&error, LLMPAR_ERR_ARGUMENT, "llama: logits_bytes = %lld, expected 0 or more", (long long)desc->logits_bytes);
     if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_heap *heap = &ctx->heap;
-    llmpar_llama *model = (llmpar_llama *)llmpar_heap_zalloc(heap, 1, sizeof *model);
+    llmpar_llama *model = LLMPAR__ZALLOC(llmpar_llama, heap, 1);
     if (!model) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory");
     model->ctx = ctx;
     model->config = config;
@@ -22977,9 +22963,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
         model->place[p] = (bias && config.family != LLMPAR_FAMILY_QWEN2) || (norm && config.family != LLMPAR_FAMILY_QWEN3) ? -1 : model->block_params++;
     }
     size_t units = (size_t)model->unit_count, params = (size_t)config.layers * (size_t)model->block_params + 3;
-    model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
-    model->parts = (llmpar__part *)llmpar_heap_zalloc(heap, units, sizeof *model->parts);
-    model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
+    model->units = LLMPAR__ZALLOC(llmpar_unit, heap, units);
+    model->parts = LLMPAR__ZALLOC(llmpar__part, heap, units);
+    model->params = LLMPAR__ZALLOC(llmpar_param, heap, params);
     model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
     if (!model->units || !model->parts || !model->params || !model->names) {
         llmpar_llama_destroy(model);
@@ -23069,7 +23055,7 @@ static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__part 
     llmpar__op_list *out = &model->lists[part->list][backward];
     int32_t halves = part->halves ? part->halves : 1, joint = 0, count;
     if (out->ops) return LLMPAR_OK;
-    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)halves * LLMPAR__ROWS_MOST, sizeof *out->ops);
+    out->ops = LLMPAR__ZALLOC(llmpar_unit_op, &model->ctx->heap, (size_t)halves * LLMPAR__ROWS_MOST);
     if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
     for (int32_t i = 0; i < halves; i++) {
         int32_t half = backward ? halves - 1 - i : i;
@@ -23309,7 +23295,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_ca
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw)
 {
-    const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
+    const void **in = LLMPAR__ALLOC(const void *, &call->ctx->heap, (size_t)s->leaves);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
     for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * dim) * s->sum_size;
     llmpar_status status = llmpar__device_reduce(call->device, call->stream, LLMPAR_SUM, in, (int32_t)s->leaves, (size_t)dim, dw, s->sum);
@@ -23399,7 +23385,7 @@ static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, 
     l->scratch = at;
 }
 
-static llmpar__block_half llmpar__block_open(const llmpar_unit_call *call, int32_t j)
+static llmpar__block_half llmpar__block_open_at(const llmpar_unit_call *call, int32_t j)
 {
     llmpar__block_half half, *b = &half;
     llmpar__block_layout l;
@@ -23442,6 +23428,7 @@ static llmpar__block_half llmpar__block_open(const llmpar_unit_call *call, int32
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
     return half;
 }
+static llmpar__block_half llmpar__block_open(const llmpar_unit_call *call) { return llmpar__block_open_at(call, call->index); }
 
 /* Place of parameter p among those of the call; NULL where the family has none. */
 static void *llmpar__block_at(const llmpar__block_half *b, void *const *of, int p)
@@ -23593,13 +23580,8 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, 1, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, 1, s->dtype);
+    const int64_t h = s->h * s->e, k = s->k * s->e, dw[7][2] = { { s->d, s->f }, { s->f, s->d }, { s->d, h }, { h, s->d }, { k, s->d }, { h, 1 }, { k, 1 } };
+    for (int i = 0; i < 7; i++) w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, dw[i][0], dw[i][1], s->dtype);
     llmpar__block_dattention(b, NULL, &attention);
     w[n++] = device->attention_workspace(device, &attention.forward);
     w[n++] = device->attention_backward_workspace(device, &attention);
@@ -23628,14 +23610,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
 /* The half before ends here: its reduced sum and its input make this one's input. */
 static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index), before = llmpar__block_open(call, call->index - 1);
+    llmpar__block_half b = llmpar__block_open(call), before = llmpar__block_open_at(call, call->index - 1);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
@@ -23650,7 +23632,7 @@ static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__b
 static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
 {
     if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     llmpar_status status = llmpar__block_again(call, &b);
     return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
 }
@@ -23658,13 +23640,13 @@ static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
 static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
 {
     int backward = call->pass == LLMPAR_PASS_BACKWARD;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
 }
 
 static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     LLMPAR__ZEROED(llmpar_add_args, args);
     args.count = (size_t)(b.s.ns * b.s.d);
     args.a = b.input;
@@ -23676,26 +23658,26 @@ static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
 static llmpar_status llmpar__block_dnorm(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
 static llmpar_status llmpar__block_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
 static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
 {
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_norm_weight(call, &b.s, b.s.d, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
@@ -23757,7 +23739,7 @@ static llmpar_status llmpar__block_head_dnorm(const llmpar__block_half *b, const
 static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 {
     llmpar_attention_args attention;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     int norms = llmpar__block_has_norms(b.model);
     llmpar_status status = llmpar__block_head_product(&b, call, 0, norms ? b.raw : b.qkv);
@@ -23771,7 +23753,7 @@ static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_wo(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__block_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
 }
 
@@ -23780,7 +23762,7 @@ static const char *llmpar__block_dout(const llmpar__block_half *b) { return b->t
 static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 {
     llmpar_attention_backward_args attention;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = call->grads ? llmpar__block_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__block_dout(&b), s->d, b.o) : LLMPAR_OK;
     if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
@@ -23791,7 +23773,7 @@ static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 /* Ranks that share a kv head: dk and dv are summed over its query heads, and rounded once on their way to dqkv, where they stand one behind the other too. */
 static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     const llmpar_collective c = llmpar__comm_collective(b.dkv, b.dkv, (size_t)(s->n * 2 * s->e), s->sum, "dk dv/all_reduce");
     llmpar_status status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
@@ -23801,7 +23783,7 @@ static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 {
     llmpar_tp_operand heads[3];
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
     for (int i = 0; i < 2 && llmpar__block_has_norms(b.model) && !status; i++) status = llmpar__block_head_dnorm(&b, call, i);
     llmpar__block_heads(&b, call, b.dqkv, heads);
@@ -23811,7 +23793,7 @@ static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 {
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
     const size_t at[3] = {0, llmpar__block_k(s), llmpar__block_v(s)};
@@ -23826,7 +23808,7 @@ static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_head_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     return llmpar__llama_sum_leaves(call, "q k norm weight/all_reduce", 2 * b.s.leaves * b.s.e, b.qk_leaves);
 }
 
@@ -23834,7 +23816,7 @@ static llmpar_status llmpar__block_head_norm_weight(llmpar_unit_call *call)
 {
     llmpar_status status = LLMPAR_OK;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     for (int i = 0; i < 2 && !status; i++)
         status = llmpar__llama_norm_weight(call, &b.s, b.s.e, b.qk_leaves + (size_t)(i * b.s.leaves * b.s.e) * b.s.sum_size, llmpar__block_grad(&b, call, LLMPAR__QNORM + i));
     return status;
@@ -23850,14 +23832,14 @@ static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const ll
 
 static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.gate);
     return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.up);
 }
 
 static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 {
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     LLMPAR__ZEROED(llmpar_swiglu_args, swiglu);
     swiglu.rows = b.s.n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
@@ -23873,7 +23855,7 @@ static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 {
     llmpar_tp_operand ffn[2];
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
     LLMPAR__ZEROED(llmpar_swiglu_backward_args, swiglu);
@@ -23894,7 +23876,7 @@ static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
 {
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_half b = llmpar__block_open(call, call->index);
+    llmpar__block_half b = llmpar__block_open(call);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
     if (!status) status = llmpar__block_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__block_dout(&b), s->d, b.act);
@@ -24622,7 +24604,8 @@ static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar
 LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error)
 {
     *out = NULL;
-    LLMPAR__NEED(heap && directory, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(directory, error);
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
     llmpar_hf_files *files = LLMPAR__ZALLOC(llmpar_hf_files, heap, 1);
     int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
@@ -24707,7 +24690,8 @@ static llmpar_status llmpar__hf_end_part(llmpar_hf_writer *w, llmpar_error *erro
 LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error)
 {
     *out = NULL;
-    LLMPAR__NEED(heap && directory, error);
+    LLMPAR__NEED(heap, error);
+    LLMPAR__NEED_PATH(directory, error);
     llmpar_hf_writer *w = LLMPAR__ZALLOC(llmpar_hf_writer, heap, 1);
     llmpar_status status = LLMPAR_OK;
     if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
@@ -24895,7 +24879,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 {
     LLMPAR__NEED(ctx, NULL);
     LLMPAR__NO_ERROR(error);
-    if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory");
+    if (LLMPAR__NO_PATH(directory)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "config.json: no directory, expected one");
     char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
     size_t bytes;
     llmpar_status status = !path ? LLMPAR_ERR_MEMORY : llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
@@ -25096,7 +25080,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     LLMPAR__ZEROED(llmpar__hf_load, load);
     load.fsdp = fsdp;
     load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    if (!directory) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory");
+    if (LLMPAR__NO_PATH(directory)) return llmpar_fail(load.ctx, LLMPAR_ERR_ARGUMENT, "load: no directory, expected one");
     llmpar_device *device = load.ctx->device;
     llmpar_status status = device->stream_create(device, "load", &load.stream);
     if (!status) status = llmpar__hf_fail(load.ctx, llmpar_hf_files_open(&load.ctx->heap, load.ctx->io, directory, &load.files, &error), &error);
@@ -25168,7 +25152,7 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     size_t size = llmpar_dtype_size(dtype);
     int64_t most = 1, scratch = 1;
     *out = NULL;
-    if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no path");
+    if (LLMPAR__NO_PATH(path)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: no path, expected one");
     int32_t all = llmpar_fsdp_unit_count(fsdp);
     if (!units) count = all;
     if (count < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: %d units", path, (int)count);
@@ -25504,8 +25488,7 @@ static void llmpar__manifest_add(llmpar__manifest_out *out, const char *text)
     if (!out->status && out->writer) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
 }
 
-static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...)
+LLMPAR_PRINTF(2, 3) static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...)
 {
     char text[512]; /* numbers and words of known length */
     va_list list;
@@ -25612,8 +25595,7 @@ typedef struct llmpar__manifest_in {
     llmpar_status status; /* the first failure: what comes behind is not looked at */
 } llmpar__manifest_in;
 
-static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...) LLMPAR_PRINTF(3, 4);
-static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...)
+LLMPAR_PRINTF(3, 4) static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...)
 {
     char text[400];
     va_list list;
@@ -26275,7 +26257,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_opti
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     *out = NULL;
     if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no desc");
-    if (!desc->directory || !desc->directory[0] || strlen(desc->directory) > 1000) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: directory of %zu bytes, expected 1 .. 1000", desc->directory ? strlen(desc->directory) : 0);
+    if (LLMPAR__NO_PATH(desc->directory) || strlen(desc->directory) > 1000) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: directory of %zu bytes, expected 1 .. 1000", desc->directory ? strlen(desc->directory) : 0);
     if (desc->keep < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: keep = %d, expected 0 (all) or more", (int)desc->keep);
     llmpar_checkpoint *c = LLMPAR__ZALLOC(llmpar_checkpoint, &ctx->heap, 1);
     if (!c) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
@@ -26620,7 +26602,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 {
     LLMPAR__NEED(fsdp, NULL);
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    if (!path) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no path");
+    if (LLMPAR__NO_PATH(path)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no path, expected one");
     LLMPAR__NO_ERROR(error);
     memset(info, 0, sizeof *info);
     llmpar__load *load = LLMPAR__ZALLOC(llmpar__load, &ctx->heap, 1);
@@ -26654,7 +26636,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *directory, int64_t below, int64_t *step)
 {
     LLMPAR__NEED(ctx, NULL);
-    if (!directory) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no directory");
+    if (LLMPAR__NO_PATH(directory)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: no directory, expected one");
     LLMPAR__NO_ERROR(error);
     *step = -1;
     llmpar_status status = ctx->rank ? LLMPAR_OK : llmpar__checkpoint_find(ctx->io, directory, below, step, &error);
@@ -27630,6 +27612,9 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     if (d->checkpoint_every < 0 || d->keep < 0) return LLMPAR__DESC_NO("checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
     if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return LLMPAR__DESC_NO("exact = %d, expected one of llmpar_exact", (int)d->exact);
     if (!llmpar_is_pow2(d->canon) || d->canon > 64) return LLMPAR__DESC_NO("canon = %d, expected a power of two up to 64", (int)d->canon);
+    const char *const path[] = { "data", d->data, "log", d->log, "trace", d->trace, "checkpoint", d->checkpoint, "resume", d->resume };
+    for (int i = 0; i < 10; i += 2)
+        if (path[i + 1] && !*path[i + 1]) return LLMPAR__DESC_NO("%s = \"\", expected a path or none", path[i]);
     return LLMPAR_OK;
 }
 
@@ -28021,7 +28006,7 @@ static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
 {
     LLMPAR__NEED(t, NULL);
-    if (!t->train || !path) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", path ? "made without data, it cannot step" : "no path for gradients");
+    if (!t->train || LLMPAR__NO_PATH(path)) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: %s", LLMPAR__NO_PATH(path) ? "no path for gradients, expected one" : "made without data, it cannot step");
     llmpar_heap_free(&t->ctx->heap, t->gradients);
     t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
     return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");

@@ -2774,6 +2774,7 @@ static llmpar_status llmpar__nccl_resolve(llmpar__nccl_world *world, const llmpa
     if (desc->silence > 0 && desc->silence < 1.5) return llmpar_error_set(world->error, LLMPAR_ERR_ARGUMENT, "nccl: silence = %g seconds, expected at least 1.5: a sign of life comes every half second", desc->silence);
     if (desc->slice && (desc->slice < 8 * (size_t)world->ranks || desc->slice > (size_t)1 << 30))
         return llmpar_error_set(world->error, LLMPAR_ERR_ARGUMENT, "nccl: slice = %llu bytes, expected 0 (16 MiB), or 8 bytes a rank to 1 GiB", (unsigned long long)desc->slice);
+    if (desc->file && !*desc->file) return llmpar_error_set(world->error, LLMPAR_ERR_ARGUMENT, "nccl: file = \"\", expected a path that all ranks see, or none");
     desc->deadline = desc->deadline < 0 ? 0 : desc->deadline > 0 ? desc->deadline : 600;
     desc->silence = desc->silence < 0 ? 0 : desc->silence > 0 ? desc->silence : 10;
     if (!desc->slice) desc->slice = (size_t)16 << 20;
