@@ -2375,7 +2375,7 @@ typedef struct llmpar_launch_desc {
     const char *cpu;              /* "portable", "avx2", "avx512", "avx512bf16"; default: environment LLMPAR_CPU, else the best */
     double deadline;              /* seconds a collective waits for its peers before it reports who is where; default 0 = 600 (a rank may be late: it writes a file); negative = for ever */
     int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
-    const char *record;           /* directory: when the job fails, every rank's last collectives are written to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
+    const char *record;           /* directory: when the job fails, every rank's last collectives are written to DIR/llmpar_rank_N.json; default (NULL or ""): environment LLMPAR_RECORD, else none */
     const llmpar_allocator *allocator; /* default malloc/free; its hooks are called from all rank threads */
     const llmpar_io *io;          /* files of models and checkpoints, borrowed; default the system's */
     llmpar_log_fn log;            /* default: errors and warnings to stderr */

@@ -264,6 +264,7 @@ int main(int argc, char **argv)
     if (!bad && optind < argc) bad = option_error("unexpected argument \"%s\", see --help", argv[optind]);
     if (!bad && !s.model) bad = option_error("--model is missing, see --help");
     if (!bad && !s.data) bad = option_error("--data is missing, see --help");
+    if (!bad && s.gradients && !s.gradients[0]) bad = option_error("--save-gradients \"\": expected a file");
     if (!bad && (s.save_as.max_file_bytes || s.save_as.dtype) && !s.save) bad = option_error("--save-shard and --save-dtype say how to --save, which is missing, see --help");
     if (!bad) bad = checkpoint_options_check(&s.policy);
     if (!bad) bad = device_options_check(&s.device, "train_llama");

@@ -540,6 +540,10 @@ if [ -d /proc/self ]; then train 1 'offload: /proc/llmpar-offload-*: No such fil
 : >"$files/log"
 train 1 "--save: $files/text: expected a directory, got a file" --log "$files/log" --save "$files/text"
 if [ -d /proc/self ]; then train 1 '--save: /proc/llmpar: cannot create the directory' --save /proc/llmpar; fi
+for option in data log trace; do train 1 "trainer: $option = \"\", expected a path or none" --$option '' --dp-shard 2; done
+train 1 '--save: llmpar_directory_ensure: path = "", expected a path' --save ''
+train 2 '--save-gradients "": expected a file' --save-gradients ''
+generate 1 'config.json: no directory, expected one' --prompt-ids 1 --model ''
 
 # After training: what was complete by then stays, nothing half-written does.
 late='./gradients.safetensors ./log.jsonl '

@@ -27,7 +27,7 @@ run()
 {
     code=$1 pattern=$2
     shift 2
-    timeout 60 "$@" >stdout 2>stderr
+    timeout 300 "$@" >stdout 2>stderr
     got=$?
     [ "$got" -eq "$code" ] || echo "exit code $got, expected $code" >>stderr
     case $(cat stderr) in
@@ -155,13 +155,13 @@ chmod +x bare fake
 export KIND=
 # has PATTERN..: stdout has a line for each; no traceback
 has() { for pattern in "$@"; do grep -q "$pattern" stdout || { echo "expected: $pattern" >>stderr; return 1; }; done; ! grep -q Traceback stderr; }
-turns() { KIND=$1 PYTHON=$work/$2 timeout 60 python3 "$top/bench/peers/generate.py" --models tiny --dtypes f32 --threads 1 --prompt 16 --tokens 8 --rounds 2 >stdout 2>stderr; code=$?; }
+turns() { KIND=$1 PYTHON=$work/$2 timeout 300 python3 "$top/bench/peers/generate.py" --models tiny --dtypes f32 --threads 1 --prompt 16 --tokens 8 --rounds 2 >stdout 2>stderr; code=$?; }
 alone='tiny f32 16 + 8, 1 thread: prompt tokens  *[0-9.]* /s$'
 
 turns '' bare
 check 'no peers: exit code 1' [ $code -eq 1 ]
 check 'no peers: skipped by name, ours alone' has 'llama.cpp: skipped: no GGUF file: ModuleNotFoundError' 'transformers: skipped: ModuleNotFoundError' "$alone" ': tokens  *[0-9.]* /s$' ': reply  *[0-9.]* /s$'
-KIND= PYTHON=$work/bare BENCH_JSON=$work/alone.json timeout 60 python3 "$top/bench/peers/generate.py" --models tiny --dtypes f32,bf16 --threads 1 --prompt 16 --tokens 8 --rounds 1 --peers transformers >stdout 2>stderr
+KIND= PYTHON=$work/bare BENCH_JSON=$work/alone.json timeout 300 python3 "$top/bench/peers/generate.py" --models tiny --dtypes f32,bf16 --threads 1 --prompt 16 --tokens 8 --rounds 1 --peers transformers >stdout 2>stderr
 check 'no peers: three lines of each precision in the file' python3 -c 'import json
 rows = json.load(open("alone.json"))["rows"]
 assert len(rows) == 6 and all(row["value"] > 0 and "bound" not in row for row in rows), rows'
