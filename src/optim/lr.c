@@ -26,22 +26,24 @@ LLMPAR_DEF void llmpar_lr_desc_resolve(llmpar_lr_desc *desc)
     if (llmpar__lr_is_wsd(desc->kind) && desc->decay_steps == 0 && desc->total > 0) desc->decay_steps = desc->total >= 10 ? desc->total / 10 : 1;
 }
 
+#define LLMPAR__LR_NO(...) llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: " __VA_ARGS__)
 LLMPAR_DEF llmpar_status llmpar_lr_desc_check(const llmpar_lr_desc *desc, llmpar_error *error)
 {
     const char *name = llmpar_lr_name(desc->kind);
-    if ((unsigned)desc->kind >= LLMPAR_LR_COUNT) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: kind = %d, expected one of llmpar_lr_kind", (int)desc->kind);
-    if (!(desc->lr > 0) || !llmpar_isfinite_f64(desc->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: lr = %g, expected a positive number", desc->lr);
-    if (!(desc->lr_min >= 0 && desc->lr_min <= desc->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: lr_min = %g, expected 0 .. lr = %g", desc->lr_min, desc->lr);
+    if ((unsigned)desc->kind >= LLMPAR_LR_COUNT) return LLMPAR__LR_NO("kind = %d, expected one of llmpar_lr_kind", (int)desc->kind);
+    if (!(desc->lr > 0) || !llmpar_isfinite_f64(desc->lr)) return LLMPAR__LR_NO("lr = %g, expected a positive number", desc->lr);
+    if (!(desc->lr_min >= 0 && desc->lr_min <= desc->lr)) return LLMPAR__LR_NO("lr_min = %g, expected 0 .. lr = %g", desc->lr_min, desc->lr);
     if (desc->warmup < 0 || desc->total < 0 || desc->decay_steps < 0)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, total = %lld, decay_steps = %lld, expected 0 or more", (long long)desc->warmup, (long long)desc->total, (long long)desc->decay_steps);
-    if (desc->total && desc->warmup > desc->total) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, expected at most total = %lld", (long long)desc->warmup, (long long)desc->total);
-    if (!llmpar__lr_is_wsd(desc->kind) && desc->decay_steps) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: decay_steps = %lld, expected 0: %s has none", (long long)desc->decay_steps, name);
+        return LLMPAR__LR_NO("warmup = %lld, total = %lld, decay_steps = %lld, expected 0 or more", (long long)desc->warmup, (long long)desc->total, (long long)desc->decay_steps);
+    if (desc->total && desc->warmup > desc->total) return LLMPAR__LR_NO("warmup = %lld, expected at most total = %lld", (long long)desc->warmup, (long long)desc->total);
+    if (!llmpar__lr_is_wsd(desc->kind) && desc->decay_steps) return LLMPAR__LR_NO("decay_steps = %lld, expected 0: %s has none", (long long)desc->decay_steps, name);
     if (desc->decay_steps > desc->total - desc->warmup && desc->decay_steps)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: decay_steps = %lld, expected at most total - warmup = %lld - %lld", (long long)desc->decay_steps, (long long)desc->total, (long long)desc->warmup);
-    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->total < 2) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: total = %lld, expected at least 2: one-cycle turns half way", (long long)desc->total);
-    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->warmup) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, expected 0: one-cycle rises until half way", (long long)desc->warmup);
+        return LLMPAR__LR_NO("decay_steps = %lld, expected at most total - warmup = %lld - %lld", (long long)desc->decay_steps, (long long)desc->total, (long long)desc->warmup);
+    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->total < 2) return LLMPAR__LR_NO("total = %lld, expected at least 2: one-cycle turns half way", (long long)desc->total);
+    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->warmup) return LLMPAR__LR_NO("warmup = %lld, expected 0: one-cycle rises until half way", (long long)desc->warmup);
     return LLMPAR_OK;
 }
+#undef LLMPAR__LR_NO
 
 LLMPAR_DEF double llmpar_lr_cosine(double lr, double lr_min, int64_t warmup, int64_t total, int64_t step)
 {
