@@ -16064,17 +16064,18 @@ static void llmpar__dtensor_part(int64_t extent, int64_t grain, int32_t parts, i
     *length = llmpar_piece_begin(part + 1, extent / grain, parts) * grain - begin;
 }
 
+#define LLMPAR__DTENSOR_NO(format, ...) llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: " format, name, __VA_ARGS__)
 LLMPAR_DEF llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_error *error)
 {
     const char *name = tensor->name ? tensor->name : "tensor";
     int64_t elements, grain[LLMPAR_MAX_DIMS];
     int64_t smallest[LLMPAR_MAX_DIMS]; /* over the ranks */
     int seen[LLMPAR_MESH_AXES] = { 0, 0, 0, 0, 0 }, flat = 0;
-    if (!llmpar_dtype_size(tensor->dtype)) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: dtype %d is not a stored type", name, (int)tensor->dtype);
-    if (tensor->dims < 0 || tensor->dims > LLMPAR_MAX_DIMS) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %d dims, expected 0 to %d", name, (int)tensor->dims, LLMPAR_MAX_DIMS);
-    if (tensor->placements < 0 || tensor->placements > LLMPAR_MESH_AXES) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %d placements, expected 0 to %d", name, (int)tensor->placements, LLMPAR_MESH_AXES);
+    if (!llmpar_dtype_size(tensor->dtype)) return LLMPAR__DTENSOR_NO("dtype %d is not a stored type", (int)tensor->dtype);
+    if (tensor->dims < 0 || tensor->dims > LLMPAR_MAX_DIMS) return LLMPAR__DTENSOR_NO("%d dims, expected 0 to %d", (int)tensor->dims, LLMPAR_MAX_DIMS);
+    if (tensor->placements < 0 || tensor->placements > LLMPAR_MESH_AXES) return LLMPAR__DTENSOR_NO("%d placements, expected 0 to %d", (int)tensor->placements, LLMPAR_MESH_AXES);
     for (int32_t d = 0; d < tensor->dims; d++)
-        if (tensor->shape[d] < 0) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: dim %d has extent %lld, expected 0 or more", name, (int)d, (long long)tensor->shape[d]);
+        if (tensor->shape[d] < 0) return LLMPAR__DTENSOR_NO("dim %d has extent %lld, expected 0 or more", (int)d, (long long)tensor->shape[d]);
     if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || elements > INT64_MAX / (int64_t)llmpar_dtype_size(tensor->dtype))
         return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the product of its extents overflows", name);
     for (int32_t d = 0; d < tensor->dims; d++) {
@@ -16083,37 +16084,38 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, cons
     }
     for (int32_t i = 0; i < tensor->placements; i++) {
         const llmpar_placement *p = &tensor->placement[i];
-        if ((unsigned)p->axis >= LLMPAR_MESH_AXES) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: placement %d names axis %d, expected 0 to %d", name, (int)i, (int)p->axis, LLMPAR_MESH_AXES - 1);
+        if ((unsigned)p->axis >= LLMPAR_MESH_AXES) return LLMPAR__DTENSOR_NO("placement %d names axis %d, expected 0 to %d", (int)i, (int)p->axis, LLMPAR_MESH_AXES - 1);
         const char *axis = llmpar_axis_name(p->axis);
-        if (seen[p->axis]++) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: axis %s is named twice", name, axis);
+        if (seen[p->axis]++) return LLMPAR__DTENSOR_NO("axis %s is named twice", axis);
         if (p->kind == LLMPAR_REPLICATE || p->kind == LLMPAR_PARTIAL_SUM || p->kind == LLMPAR_PARTIAL_MAX) continue;
-        if (flat) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: a cut on %s after Flat: expected Flat to be the last cut", name, axis);
+        if (flat) return LLMPAR__DTENSOR_NO("a cut on %s after Flat: expected Flat to be the last cut", axis);
         if (p->kind == LLMPAR_SHARD) {
-            if (p->dim < 0 || p->dim >= tensor->dims) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Shard(%d) on %s, expected a dim below %d", name, (int)p->dim, axis, (int)tensor->dims);
+            if (p->dim < 0 || p->dim >= tensor->dims) return LLMPAR__DTENSOR_NO("Shard(%d) on %s, expected a dim below %d", (int)p->dim, axis, (int)tensor->dims);
             int64_t g = llmpar__dtensor_grain(p);
             int32_t replicas = llmpar__dtensor_replicas(p);
             if (g < 1 || tensor->shape[p->dim] % g || (grain[p->dim] && grain[p->dim] % g))
-                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Shard(%d) on %s: grain %lld does not divide %s %lld", name, (int)p->dim, axis, (long long)g, grain[p->dim] && g > 0 && tensor->shape[p->dim] % g == 0 ? "the grain of the earlier cut," : "the extent",
+                return LLMPAR__DTENSOR_NO("Shard(%d) on %s: grain %lld does not divide %s %lld", (int)p->dim, axis, (long long)g, grain[p->dim] && g > 0 && tensor->shape[p->dim] % g == 0 ? "the grain of the earlier cut," : "the extent",
                                         (long long)(grain[p->dim] && g > 0 && tensor->shape[p->dim] % g == 0 ? grain[p->dim] : tensor->shape[p->dim]));
             if (replicas < 1 || degree[p->axis] % replicas)
-                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Shard(%d) on %s: %d replicas do not divide the degree %d", name, (int)p->dim, axis, (int)replicas, (int)degree[p->axis]);
+                return LLMPAR__DTENSOR_NO("Shard(%d) on %s: %d replicas do not divide the degree %d", (int)p->dim, axis, (int)replicas, (int)degree[p->axis]);
             grain[p->dim] = g;
             smallest[p->dim] = smallest[p->dim] / g / (degree[p->axis] / replicas) * g; /* floor(G/n) grains is the least that any part has */
         } else if (p->kind == LLMPAR_FLAT) {
             int64_t least = 0;
             flat = 1;
             if (p->unit_elements < 0 || p->unit_elements % degree[p->axis])
-                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Flat on %s: a unit of %lld elements cannot be cut evenly over %d ranks", name, axis, (long long)p->unit_elements, (int)degree[p->axis]);
+                return LLMPAR__DTENSOR_NO("Flat on %s: a unit of %lld elements cannot be cut evenly over %d ranks", axis, (long long)p->unit_elements, (int)degree[p->axis]);
             /* Ranks with uneven earlier cuts lay out their units by their own extents, so the largest part need not fit here. */
             llmpar_extent_product(smallest, tensor->dims, &least);
             if (p->offset < 0 || p->offset > p->unit_elements || least > p->unit_elements - p->offset)
-                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Flat on %s: %lld elements at offset %lld do not fit a unit of %lld", name, axis, (long long)least, (long long)p->offset, (long long)p->unit_elements);
+                return LLMPAR__DTENSOR_NO("Flat on %s: %lld elements at offset %lld do not fit a unit of %lld", axis, (long long)least, (long long)p->offset, (long long)p->unit_elements);
         } else {
-            return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: placement %d has kind %d, expected 0 to %d", name, (int)i, (int)p->kind, (int)LLMPAR_FLAT);
+            return LLMPAR__DTENSOR_NO("placement %d has kind %d, expected 0 to %d", (int)i, (int)p->kind, (int)LLMPAR_FLAT);
         }
     }
     return LLMPAR_OK;
 }
+#undef LLMPAR__DTENSOR_NO
 
 LLMPAR_DEF void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out)
 {
@@ -21409,22 +21411,24 @@ LLMPAR_DEF void llmpar_lr_desc_resolve(llmpar_lr_desc *desc)
     if (llmpar__lr_is_wsd(desc->kind) && desc->decay_steps == 0 && desc->total > 0) desc->decay_steps = desc->total >= 10 ? desc->total / 10 : 1;
 }
 
+#define LLMPAR__LR_NO(...) llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: " __VA_ARGS__)
 LLMPAR_DEF llmpar_status llmpar_lr_desc_check(const llmpar_lr_desc *desc, llmpar_error *error)
 {
     const char *name = llmpar_lr_name(desc->kind);
-    if ((unsigned)desc->kind >= LLMPAR_LR_COUNT) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: kind = %d, expected one of llmpar_lr_kind", (int)desc->kind);
-    if (!(desc->lr > 0) || !llmpar_isfinite_f64(desc->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: lr = %g, expected a positive number", desc->lr);
-    if (!(desc->lr_min >= 0 && desc->lr_min <= desc->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: lr_min = %g, expected 0 .. lr = %g", desc->lr_min, desc->lr);
+    if ((unsigned)desc->kind >= LLMPAR_LR_COUNT) return LLMPAR__LR_NO("kind = %d, expected one of llmpar_lr_kind", (int)desc->kind);
+    if (!(desc->lr > 0) || !llmpar_isfinite_f64(desc->lr)) return LLMPAR__LR_NO("lr = %g, expected a positive number", desc->lr);
+    if (!(desc->lr_min >= 0 && desc->lr_min <= desc->lr)) return LLMPAR__LR_NO("lr_min = %g, expected 0 .. lr = %g", desc->lr_min, desc->lr);
     if (desc->warmup < 0 || desc->total < 0 || desc->decay_steps < 0)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, total = %lld, decay_steps = %lld, expected 0 or more", (long long)desc->warmup, (long long)desc->total, (long long)desc->decay_steps);
-    if (desc->total && desc->warmup > desc->total) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, expected at most total = %lld", (long long)desc->warmup, (long long)desc->total);
-    if (!llmpar__lr_is_wsd(desc->kind) && desc->decay_steps) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: decay_steps = %lld, expected 0: %s has none", (long long)desc->decay_steps, name);
+        return LLMPAR__LR_NO("warmup = %lld, total = %lld, decay_steps = %lld, expected 0 or more", (long long)desc->warmup, (long long)desc->total, (long long)desc->decay_steps);
+    if (desc->total && desc->warmup > desc->total) return LLMPAR__LR_NO("warmup = %lld, expected at most total = %lld", (long long)desc->warmup, (long long)desc->total);
+    if (!llmpar__lr_is_wsd(desc->kind) && desc->decay_steps) return LLMPAR__LR_NO("decay_steps = %lld, expected 0: %s has none", (long long)desc->decay_steps, name);
     if (desc->decay_steps > desc->total - desc->warmup && desc->decay_steps)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: decay_steps = %lld, expected at most total - warmup = %lld - %lld", (long long)desc->decay_steps, (long long)desc->total, (long long)desc->warmup);
-    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->total < 2) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: total = %lld, expected at least 2: one-cycle turns half way", (long long)desc->total);
-    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->warmup) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, expected 0: one-cycle rises until half way", (long long)desc->warmup);
+        return LLMPAR__LR_NO("decay_steps = %lld, expected at most total - warmup = %lld - %lld", (long long)desc->decay_steps, (long long)desc->total, (long long)desc->warmup);
+    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->total < 2) return LLMPAR__LR_NO("total = %lld, expected at least 2: one-cycle turns half way", (long long)desc->total);
+    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->warmup) return LLMPAR__LR_NO("warmup = %lld, expected 0: one-cycle rises until half way", (long long)desc->warmup);
     return LLMPAR_OK;
 }
+#undef LLMPAR__LR_NO
 
 LLMPAR_DEF double llmpar_lr_cosine(double lr, double lr_min, int64_t warmup, int64_t total, int64_t step)
 {

@@ -133,6 +133,16 @@ static inline void bench_usage(int argc, char **argv, const char *usage, int mos
         if (i > most || !strncmp(argv[i], "--", 2)) bench_refuse("argument", argv[i], most ? "what --help says" : "none");
 }
 
+/* With --serve, for bench/peers/: each line "step" on stdin is a request. 1: there is one; 0: the input has ended. */
+static inline int bench_served(void)
+{
+    char line[100];
+    if (!fgets(line, sizeof line, stdin)) return 0;
+    line[strcspn(line, "\n")] = 0;
+    if (strcmp(line, "step")) bench_refuse("--serve: line", line, "\"step\"");
+    return 1;
+}
+
 /* ---- results ---- */
 
 #ifndef BENCH_FLAGS

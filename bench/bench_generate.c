@@ -269,13 +269,12 @@ static llmpar_status reply_token(void *user, int32_t id)
     return LLMPAR_OK;
 }
 
-/* bench/peers/generate.py: each line "step" on stdin is one reply, until the input ends. The answer: seconds to its first token, of a token behind it (median), of all, with what the caller waits for behind the last token.
+/* bench/peers/generate.py: a request is one reply. The answer: seconds to its first token, of a token behind it (median), of all, with what the caller waits for behind the last token.
    The weights are loaded and laid out once, as a peer's are; each prompt begins with another id, so that nothing of the one before is known. Nothing is sampled meanwhile. With --ids the first prompt begins with that one, and
    an answer ends with the ids of the reply. */
-static llmpar_status serve(llmpar_ctx *ctx, llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_generate_desc *desc, int32_t *prompt, int32_t *ids)
+static llmpar_status serve(llmpar_llama *model, llmpar_fsdp *fsdp, llmpar_generate_desc *desc, int32_t *prompt, int32_t *ids)
 {
     int32_t vocab = llmpar_llama_get_config(model)->vocab;
-    char line[100];
     const char *ready = "ready ";
     reply r;
     llmpar_generator_desc wanted = { desc->prompt_count + desc->tokens, 1 };
@@ -297,9 +296,7 @@ static llmpar_status serve(llmpar_ctx *ctx, llmpar_llama *model, llmpar_fsdp *fs
         fflush(stdout);
         ready = "";
         prompt[0] = (prompt[0] + 1) % vocab;
-        if (!fgets(line, sizeof line, stdin)) break;
-        line[strcspn(line, "\n")] = 0;
-        if (strcmp(line, "step")) status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "--serve: line \"%s\", expected \"step\"", line);
+        if (!bench_served()) break;
     }
     llmpar_status end = llmpar_generator_destroy(generator);
     return status ? status : end;
@@ -365,7 +362,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     desc.prompt_count = g->prompt;
     desc.tokens = g->tokens;
     if (g->serve) {
-        if (!status) status = serve(ctx, model, fsdp, &desc, prompt, ids);
+        if (!status) status = serve(model, fsdp, &desc, prompt, ids);
         goto out;
     }
 #define SLOT(name) ctx->device->name = generate_##name;

@@ -153,17 +153,16 @@ static llmpar_status measure(llmpar_ctx *ctx, const settings *s, llmpar_trainer 
     return LLMPAR_OK;
 }
 
-/* bench/peers/run.py: each line "step" on stdin is one step, and its seconds the answer. */
+/* bench/peers/run.py: a request is one step, and its seconds the answer. */
 static llmpar_status serve(llmpar_trainer *trainer)
 {
-    char line[100];
     double seconds;
     llmpar_step step;
     llmpar_status status = timed_step(trainer, &seconds, &step);
     if (!status) status = timed_step(trainer, &seconds, &step);
     if (!status) printf("ready %.6f loss %.4f memory %llu\n", seconds, step.loss, (unsigned long long)step.memory);
     fflush(stdout);
-    while (!status && fgets(line, sizeof line, stdin) && !strncmp(line, "step", 4)) {
+    while (!status && bench_served()) {
         status = timed_step(trainer, &seconds, &step);
         if (!status) printf("%.6f loss %.4f memory %llu\n", seconds, step.loss, (unsigned long long)step.memory);
         fflush(stdout);

@@ -460,13 +460,12 @@ static const team *team_named(const team *teams, int count, const char *name)
     return NULL;
 }
 
-/* bench/peers/run.py: each line "step" on stdin is one step, and its seconds the answer. */
+/* bench/peers/run.py: a request is one step, and its seconds the answer. */
 static void serve(team *t)
 {
-    char line[100];
     printf("ready %.6f loss %.4f\n", t->seconds, t->rank[0].loss);
     fflush(stdout);
-    while (fgets(line, sizeof line, stdin) && !strncmp(line, "step", 4)) {
+    while (bench_served()) {
         turn(t, -1);
         printf("%.6f loss %.4f\n", t->seconds, t->rank[0].loss);
         fflush(stdout);

@@ -95,6 +95,13 @@ check "model" refuses '--model.*"7b"' train_step --model 7b --layout 1x1
 check "options without a word" refuses '"--texts"' bench_generate --texts 2
 check "texts" refuses '--texts "17"' bench_generate tokens --texts 17
 
+# What serves answers a line at a time, until the input ends; what is no request ends it with a word.
+serves() { printf '%b' "$2" | run "$1" train_step --model tiny --seq 32 --dtype f32 --layout 1x1 --serve && [ "$(wc -l <stdout)" -eq "$3" ] && grep -q '^ready [0-9.]* loss [0-9.]*$' stdout; }
+check "two steps" serves 0 'step\nstep' 3
+check "no step" serves 0 '' 1
+check "stepp" serves 2 'step\nstepp\nstep\n' 2
+check "its word" grep -q '^train_step: --serve: line "stepp": expected "step"$' stderr
+
 # And what is right runs, and says the same in its file.
 check "a product" run 0 bench_gemm portable nt 16 16 16 1 f32 --json gemm.json
 check "its line" grep -q 'portable f32 nt 16 x 16 x 16, 1 piece .*GFLOP/s.* % .* of mul+add' stdout

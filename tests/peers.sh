@@ -75,12 +75,12 @@ check 'without --ids: four of them' [ "$(wc -l <all)" -eq 4 ]
 told()
 {
     printf 'step\n%s\nstep\n' "$1" >requests
-    run 1 "--serve: line \"$2" "$program" tokens --model tiny --dtype f32 --layout 1x1 --prompt 8 --tokens 3 --serve <requests && [ "$(wc -l <stdout)" -eq 2 ] && grep -q 'expected "step"' stderr
+    run 2 "--serve: line \"$2" "$program" tokens --model tiny --dtype f32 --layout 1x1 --prompt 8 --tokens 3 --serve <requests && [ "$(wc -l <stdout)" -eq 2 ] && grep -q 'expected "step"' stderr
 }
 for line in stop STEP 'step 2' stepstep ' step' ''; do check "line \"$line\"" told "$line" "$line\""; done
 check 'a line of 400 bytes' told "$(printf '%0400d' 0)" 000000
 head -c 100 /dev/zero >requests
-check 'bytes that are no text' run 1 '--serve: line "", expected "step"' "$program" tokens --model tiny --dtype f32 --layout 1x1 --prompt 8 --tokens 3 --serve <requests
+check 'bytes that are no text' run 2 '--serve: line "": expected "step"' "$program" tokens --model tiny --dtype f32 --layout 1x1 --prompt 8 --tokens 3 --serve <requests
 
 # ---- bench_generate: command lines ----
 
