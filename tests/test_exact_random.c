@@ -67,7 +67,7 @@ static void draw_recipe(train_job *job)
     llmpar_optim_desc *o = &job->policy.optim;
     job->steps = 3;
     job->wrap = ONE_OF(1, 1, 2, 3, LLMPAR_WRAP_HALF);
-    job->dtype = (llmpar_dtype)ONE_OF(LLMPAR_F32, LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16, LLMPAR_F64);
+    job->dtype = (llmpar_dtype)ONE_OF(LLMPAR_F32, LLMPAR_F32, LLMPAR_F32, LLMPAR_BF16, LLMPAR_BF16, LLMPAR_F16, LLMPAR_F16, LLMPAR_F64); /* the last has no fast kernels */
     job->canon = ONE_OF(0, 0, 4, 8, 16);
     job->batch = ONE_OF(8, 12, 16, 16, 16, 24);
     o->kind = (llmpar_optim_kind)ONE_OF(LLMPAR_OPTIM_ADAMW, LLMPAR_OPTIM_ADAMW, LLMPAR_OPTIM_SGD, LLMPAR_OPTIM_LOMO, LLMPAR_OPTIM_ADALOMO);
