@@ -617,7 +617,7 @@ typedef struct llmpar_attention_args {
     void *workspace; size_t workspace_bytes;
 } llmpar_attention_args;
 
-/* Several such calls, as of texts that are generated at once, each with the bits that it has alone. `workspace` of all is the same: as much as attention_workspace says for the largest of each number, batch being the batches of all together. */
+/* Several such calls, as of texts that are generated at once, each with the bits that it has alone. `workspace` of all is the same: as much as attention_workspace says for the largest of each number, batch being the batches of all together; less, or one of its own: LLMPAR_ERR_ARGUMENT. `each` is the caller's, and copied. */
 typedef struct llmpar_attention_each_args { const llmpar_attention_args *each; int32_t count; } llmpar_attention_each_args;
 
 /* Gradients; tq == tk == tk_stride. dk, dv[b,j,kv,:] = balanced tree over the heads/kv_heads query heads of the group held in this call (split in half while the count is even, else at
@@ -6468,6 +6468,8 @@ static llmpar_status llmpar__attention_check(llmpar_device *device, const char *
     return LLMPAR_OK;
 }
 
+static int llmpar__attention_empty(const llmpar_attention_args *a) { return a->batch <= 0 || a->tq <= 0 || a->heads <= 0; }
+
 /* The kernel, and its job but for the workspace; `threads` share the call's tasks, of which *tasks says how many. */
 static llmpar__kernel llmpar__attention_plan(llmpar__cpu *cpu, const llmpar__kernel *kernels, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward, int64_t threads, llmpar__attention_job *job, int64_t *tasks)
 {
@@ -6510,8 +6512,6 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
 /* ---- several calls: their tasks one behind the other, so that a thread reads the whole rows of a text's cache ---- */
 
 typedef struct llmpar__attention_each_job { llmpar__cpu *cpu; const llmpar_attention_args *each; size_t worker_bytes; int64_t threads /* of one call */; int by_task; } llmpar__attention_each_job;
-
-static int llmpar__attention_empty(const llmpar_attention_args *a) { return a->batch <= 0 || a->tq <= 0 || a->heads <= 0; }
 
 static void llmpar__attention_each_task(void *arg, int64_t task, int32_t worker)
 {
@@ -6567,7 +6567,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention(llmpar_device *device, l
 {
     llmpar_status status;
     (void)stream;
-    if (args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return LLMPAR_OK;
+    if (llmpar__attention_empty(args)) return LLMPAR_OK;
     status = llmpar__attention_check(device, "attention", args, 0);
     if (!status) llmpar__attention_run(device, llmpar__attention_forward_kernels, args, NULL);
     return status;
@@ -6577,7 +6577,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *
 {
     llmpar_status status;
     (void)stream;
-    if (args->forward.batch <= 0 || args->forward.tq <= 0 || args->forward.heads <= 0) return LLMPAR_OK;
+    if (llmpar__attention_empty(&args->forward)) return LLMPAR_OK;
     status = llmpar__attention_check(device, "attention_backward", &args->forward, 1);
     if (!status && args->dkv_dtype != LLMPAR_DTYPE_DEFAULT && args->dkv_dtype != args->forward.dtype && args->dkv_dtype != llmpar_dtype_sum(args->forward.dtype))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_backward: dkv_dtype %s for dtype %s, expected the same or %s", llmpar_dtype_name(args->dkv_dtype), llmpar_dtype_name(args->forward.dtype), llmpar_dtype_name(llmpar_dtype_sum(args->forward.dtype)));

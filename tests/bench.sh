@@ -1,26 +1,9 @@
 #!/bin/sh
 # tests/bench.sh [FOLDER]: the command lines of the benchmarks: each says what it takes, and refuses what it does not, by name, before anything runs. FOLDER holds them (default build/bench).
 # The last line is "N passed, M failed".
-top=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(cd "${1:-build/bench}" 2>/dev/null && pwd)
-work=$(mktemp -d "${TMPDIR:-/tmp}/bench.XXXXXX") || exit 1
-trap 'rm -rf "$work"' EXIT
-trap 'exit 1' INT TERM HUP
-cd "$work" || exit 1
-export LC_ALL=C
-unset BENCH_JSON LLMPAR_CPU
-passed=0 failed=0
-check() # WHAT COMMAND..: the command succeeds
-{
-    what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        echo "FAILED $what"
-        sed 's/^/    stdout: /' stdout
-        sed 's/^/    stderr: /' stderr
-    fi
-}
+[ -x "$folder/train_step" ] || { echo "bench: ${1:-build/bench}/train_step is not there: run make build-bench first"; echo "0 passed, 1 failed"; exit 1; }
+. tests/commands.sh
 run() # CODE PROGRAM ARGUMENTS..: ends in time and with this code
 {
     code=$1 program=$2
@@ -109,5 +92,4 @@ check "its file" eval 'grep -q "\"part\": \"gemm\"" gemm.json && grep -q "\"comm
 check "a step" run 0 train_step --model tiny --seq 32 --dtype f32 --layout 1x1 --steps 1
 check "its line" grep -q 'tiny .*1x1' stdout
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+ends

@@ -1,27 +1,9 @@
 #!/bin/sh
 # tests/peers.sh [FOLDER]: what stands beside others is asked for replies one by one: bench_generate --serve and bench/peers/generate.py. FOLDER holds bench_generate (default build/bench).
 # The peers themselves need not be there: where the script wants an interpreter, a script of a few lines is, as a peer that answers, dies, talks nonsense or fills its stderr. The last line is "N passed, N failed".
-top=$(pwd)
 program=$(cd "${1:-build/bench}" 2>/dev/null && pwd)/bench_generate
 [ -x "$program" ] || { echo "peers: ${1:-build/bench}/bench_generate is not there: run make build/bench/bench_generate first"; echo "0 passed, 1 failed"; exit 1; }
-work=$(mktemp -d "${TMPDIR:-/tmp}/peers.XXXXXX") || exit 1
-trap 'rm -rf "$work"' EXIT
-trap 'exit 1' INT TERM HUP
-cd "$work" || exit 1
-export LC_ALL=C
-unset BENCH_JSON LLMPAR_CPU
-passed=0 failed=0
-check() # WHAT COMMAND..: the command succeeds
-{
-    what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        echo "FAILED $what"
-        sed 's/^/    stdout: /' stdout
-        sed 's/^/    stderr: /' stderr
-    fi
-}
+. tests/commands.sh
 # run CODE PATTERN COMMAND..: ends in time, with this code, and with a word on stderr that has the pattern (none: with no word)
 run()
 {
@@ -201,5 +183,4 @@ wrong '--json: "nowhere/out.json", expected a file in a directory that is there'
 export PYTHON=nowhere
 wrong 'PYTHON: "nowhere", expected an interpreter' --models tiny
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+ends

@@ -7,7 +7,6 @@
 
 #include <time.h>
 
-
 typedef struct batch_cut { const char *name; int32_t accum, no_sync; } batch_cut;
 static const batch_cut cuts[] = {{"", 1, 0}, {" accum 2 sync", 2, 0}, {" accum 2 no_sync", 2, 1}, {" accum 4 sync", 4, 0}, {" accum 4 no_sync", 4, 1}};
 enum { CUTS = sizeof cuts / sizeof cuts[0] };

@@ -110,7 +110,7 @@ typedef struct llmpar_attention_args {
     void *workspace; size_t workspace_bytes;
 } llmpar_attention_args;
 
-/* Several such calls, as of texts that are generated at once, each with the bits that it has alone. `workspace` of all is the same: as much as attention_workspace says for the largest of each number, batch being the batches of all together. */
+/* Several such calls, as of texts that are generated at once, each with the bits that it has alone. `workspace` of all is the same: as much as attention_workspace says for the largest of each number, batch being the batches of all together; less, or one of its own: LLMPAR_ERR_ARGUMENT. `each` is the caller's, and copied. */
 typedef struct llmpar_attention_each_args { const llmpar_attention_args *each; int32_t count; } llmpar_attention_each_args;
 
 /* Gradients; tq == tk == tk_stride. dk, dv[b,j,kv,:] = balanced tree over the heads/kv_heads query heads of the group held in this call (split in half while the count is even, else at
