@@ -169,7 +169,7 @@ typedef struct rank {
     double peak, sampled;                                        /* during the prompt: sum of the samples; seconds that they took */
     double turning;                                              /* weights become streams */
     int tokens, samples, prompts;
-    kind kinds[MOST_KINDS];
+    kind kinds[2][MOST_KINDS];                                   /* calls of the prompts, of the tokens */
 } rank;
 
 typedef struct generation {
@@ -187,8 +187,9 @@ static llmpar_device real; /* the slots behind the wrappers */
 
 static void count(const char *name, double seconds)
 {
+    if (!self || (!self->tokens && self->prompts == PROMPTS)) return; /* the prompt before the tokens is not read */
     for (int i = 0; i < MOST_KINDS; i++) {
-        kind *k = &self->kinds[i];
+        kind *k = &self->kinds[self->tokens > 0][i];
         if (k->name && strcmp(k->name, name)) continue;
         k->name = name;
         k->calls++;
@@ -216,7 +217,7 @@ static void sample(void)
         before; \
         double start = bench_now(); \
         llmpar_status status = real.slot(device, stream, args); \
-        if (self && self->tokens) count(#slot, bench_now() - start); \
+        count(#slot, bench_now() - start); \
         return status; \
     }
 WRAP(gemm, llmpar_gemm_args, (void)0)
@@ -387,6 +388,13 @@ out:
     return status;
 }
 
+static void profile(const char *what, const kind *kinds, double seconds, int times)
+{
+    printf("    of a %s's %.3f ms, rank 0:", what, 1e3 * seconds);
+    for (int i = 0; i < MOST_KINDS && kinds[i].name; i++) printf("  %s %ld x %.1f us = %.3f ms", kinds[i].name, kinds[i].calls / times, 1e6 * kinds[i].seconds / (double)kinds[i].calls, 1e3 * kinds[i].seconds / times);
+    printf("\n");
+}
+
 static void generate(bench_results *results, generation *g)
 {
     const llmpar_llama_config *c = &g->config;
@@ -421,11 +429,7 @@ static void generate(bench_results *results, generation *g)
     bench_value(results, name, "1/s", g->texts / seconds);
     snprintf(name, sizeof name, "%s %s, %s: weights into streams and back, tokens", g->model, llmpar_dtype_name(g->dtype), layout);
     if (r->turning > 0) bench_value(results, name, "", 2 * r->turning / seconds);
-    if (g->profile) {
-        printf("    of a token's %.3f ms, rank 0:", 1e3 * seconds);
-        for (int i = 0; i < MOST_KINDS && r->kinds[i].name; i++) printf("  %s %ld x %.1f us = %.3f ms", r->kinds[i].name, r->kinds[i].calls / (r->tokens - 1), 1e6 * r->kinds[i].seconds / (double)r->kinds[i].calls, 1e3 * r->kinds[i].seconds / (r->tokens - 1));
-        printf("\n");
-    }
+    if (g->profile) profile("token", r->kinds[1], seconds, r->tokens - 1);
     /* the last row alone meets the head; attention is causal */
     flops = 2 * block * c->layers * g->prompt + 2 * head + 2 * heads * c->layers * (double)g->prompt * (g->prompt + 1.0);
     if (g->prompt > 16 && g->texts == 1) {
@@ -441,6 +445,7 @@ static void generate(bench_results *results, generation *g)
         ratio.bound = bench_median(peak, PROMPTS);
         snprintf(name, sizeof name, "%s %s, %s: prompt of %d", g->model, llmpar_dtype_name(g->dtype), layout, g->prompt);
         bench_row(results, name, "GFLOP/s", 1e-9, bench_fma_name(g->peak), ratio, 0.7);
+        if (g->profile) profile("prompt", r->kinds[0], bench_median(r->prompt, PROMPTS), PROMPTS);
     }
 }
 
