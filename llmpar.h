@@ -108,7 +108,6 @@ fsdp - optim - io - text - model - model_io - run. Each declaration says its sha
 
 #ifndef LLMPAR_H
 #define LLMPAR_H
-
 /* ==== src/base/platform.h ==== */
 /* platform: what every module may assume about the compiler, and the linkage macros.
    The only module that tests the platform; everything else is plain C99 that is also C++11. */
@@ -188,13 +187,11 @@ fsdp - optim - io - text - model - model_io - run. Each declaration says its sha
 #define LLMPAR_EXTERN_C_BEGIN
 #define LLMPAR_EXTERN_C_END
 #endif
-
 LLMPAR_EXTERN_C_BEGIN
 
 /* Chapter: base */
 /* ==== src/base/status.h ==== */
 /* status: what every fallible call returns, and the text that says what, where, expected and got. */
-
 /* One list makes the enum and the strings. */
 #define LLMPAR_STATUS_LIST(X) \
     X(OK, 0, "ok") \
@@ -248,10 +245,8 @@ LLMPAR_API llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
 
 /* Back to "no error" (status OK, rank -1, empty texts). */
 LLMPAR_API void llmpar_error_clear(llmpar_error *error);
-
 /* ==== src/base/heap.h ==== */
 /* heap: allocator hooks and live-byte counting. Every byte of host memory the library takes goes through one. */
-
 /* User hooks. alloc returns memory aligned to at least 16 bytes or NULL; free gets the size that was asked for.
    Both are called from the rank's own thread only. Zero-initialised = malloc/free;
    alloc without free = nothing is given back (a region that goes as a whole). */
@@ -283,10 +278,8 @@ LLMPAR_API void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size
 /* A copy of a zero-terminated string, or NULL. */
 LLMPAR_API char *llmpar_heap_strdup(llmpar_heap *heap, const char *text);
 LLMPAR_API void llmpar_heap_free(llmpar_heap *heap, void *memory);
-
 /* ==== src/base/size.h ==== */
 /* size: checked integer arithmetic, and the two rules of docs/exact.md that cut extents and shape trees. */
-
 /* Each returns 1 and stores the result, or returns 0 and leaves *out alone when it would overflow. */
 LLMPAR_API int llmpar_size_mul(size_t a, size_t b, size_t *out);
 LLMPAR_API int llmpar_size_add(size_t a, size_t b, size_t *out);
@@ -303,10 +296,8 @@ LLMPAR_API int64_t llmpar_piece_begin(int64_t i, int64_t grains, int64_t pieces)
 
 /* Where a balanced tree over n >= 2 leaves splits: the largest power of two below n (left part [0, split)). */
 LLMPAR_API int64_t llmpar_tree_split(int64_t n);
-
 /* ==== src/base/dtype.h ==== */
 /* dtype: element types and conversions. Every narrowing rounds to nearest, ties to even; NaN stays NaN. */
-
 typedef enum llmpar_dtype {
     LLMPAR_DTYPE_DEFAULT = 0, /* each desc says what it means there; never a stored type */
     LLMPAR_F32 = 1,
@@ -337,12 +328,10 @@ LLMPAR_API float llmpar_f16_to_f32(uint16_t bits);
 /* count elements from one floating dtype to another (f32, f64, bf16, f16 in any pair; f64 -> 16 bit rounds once).
    Buffers must not overlap unless identical types. Returns 0 for a dtype that is not floating, else 1. */
 LLMPAR_API int llmpar_convert(void *out, llmpar_dtype out_dtype, const void *in, llmpar_dtype in_dtype, size_t count);
-
 /* ==== src/base/math.h ==== */
 /* math: the library's own elementary functions. Kernels call no libm, so that the same source gives the same bits with any
    C library; each states its error. All are pure and thread-safe. The *_f32 functions are written branch-light so that a loop over
    them can be vectorised; they use no fma (bits do not depend on the instruction set). */
-
 LLMPAR_API float llmpar_exp_f32(float x);   /* <= 2 ulp; under -104 gives 0, over 88.73 inf; NaN in, NaN out; results may be subnormal (<= 1 ulp of the smallest subnormal) */
 LLMPAR_API float llmpar_log_f32(float x);   /* <= 2 ulp, subnormals included; 0 gives -inf, negative gives NaN */
 LLMPAR_API double llmpar_exp_f64(double x); /* <= 2 ulp */
@@ -355,11 +344,9 @@ LLMPAR_API double llmpar_sqrt_f64(double x); /* correctly rounded (IEEE) */
 LLMPAR_API float llmpar_sqrt_f32(float x);   /* correctly rounded (IEEE) */
 LLMPAR_API int llmpar_isfinite_f32(float x); /* by bits; immune to compiler flags */
 LLMPAR_API int llmpar_isfinite_f64(double x);
-
 /* ==== src/base/exact_sum.h ==== */
 /* exact_sum: an order-free, exact sum of doubles (Kulisch's long accumulator in 32-bit limbs held in int64).
    Adding limbs of two accumulators as integers merges them, so ranks combine by an i64 sum all-reduce in any order and every mesh gets the same bits. */
-
 /* limb[i] has weight 2^(32*i - 1088), i < 67; the last three count +inf, -inf and NaN terms. All zero = empty sum. At most 2^30 additions
    (merged ones counted) before llmpar_exact_sum_carry. */
 #define LLMPAR_EXACT_SUM_LIMBS 72
@@ -373,11 +360,9 @@ LLMPAR_API void llmpar_exact_sum_merge(llmpar_exact_sum *sum, const llmpar_exact
 LLMPAR_API void llmpar_exact_sum_carry(llmpar_exact_sum *sum);
 /* The sum rounded once to the nearest double, ties to even; inf/NaN as IEEE addition would give; an empty or zero sum is +0. Does not change *sum. */
 LLMPAR_API double llmpar_exact_sum_value(const llmpar_exact_sum *sum);
-
 /* ==== src/base/rng.h ==== */
 /* rng: counter-based random numbers (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
    A number is a pure function of its key and position, so a rank generates only its own slices and no mesh changes a value. */
-
 typedef enum llmpar_rng_purpose { LLMPAR_RNG_INIT = 1, LLMPAR_RNG_SAMPLE = 2, LLMPAR_RNG_DATA = 3, LLMPAR_RNG_DROPOUT = 4, LLMPAR_RNG_USER = 100 } llmpar_rng_purpose;
 
 /* The key of a stream; plain data. Made by llmpar_rng_key from (seed, purpose, name, step, sample). */
@@ -394,10 +379,8 @@ LLMPAR_API double llmpar_rng_uniform(const llmpar_rng *rng, uint64_t index);
 LLMPAR_API double llmpar_rng_normal(const llmpar_rng *rng, uint64_t index);
 /* out[i] = mean + stddev * normal(first + i) rounded to f32, i < count. */
 LLMPAR_API void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first, size_t count, float mean, float stddev, float *out);
-
 /* ==== src/base/xxh64.h ==== */
 /* xxh64: the 64-bit checksum XXH64 (Collet, xxHash specification 0.1.1, seed 0), which `xxhsum -H64` prints. No protection against intent. */
-
 /* Plain data; may be copied. */
 typedef struct llmpar_xxh64 {
     uint64_t lane[4];
@@ -408,10 +391,8 @@ typedef struct llmpar_xxh64 {
 LLMPAR_API void llmpar_xxh64_begin(llmpar_xxh64 *state);
 LLMPAR_API void llmpar_xxh64_add(llmpar_xxh64 *state, const void *data, size_t bytes); /* in any portions */
 LLMPAR_API uint64_t llmpar_xxh64_end(const llmpar_xxh64 *state); /* of what was added so far; may go on */
-
 /* ==== src/base/json.h ==== */
 /* json: an RFC 8259 reader with byte positions, and string escaping for writers. */
-
 typedef enum llmpar_json_type { LLMPAR_JSON_NULL = 0, LLMPAR_JSON_BOOL, LLMPAR_JSON_NUMBER, LLMPAR_JSON_STRING, LLMPAR_JSON_ARRAY, LLMPAR_JSON_OBJECT } llmpar_json_type;
 
 /* A value. Children hang on `child` and follow `next`; a member's name is in key. Strings carry their length and may hold
@@ -446,13 +427,11 @@ LLMPAR_API const llmpar_json *llmpar_json_get(const llmpar_json *object, const c
 /* Writes `length` bytes of text as a quoted JSON string with a final NUL into out; returns the bytes needed without the NUL, and writes nothing past `capacity`. Invalid UTF-8 is
    replaced by U+FFFD. */
 LLMPAR_API size_t llmpar_json_escape(const char *text, size_t length, char *out, size_t capacity);
-
 /* Chapter: tables */
 /* ==== src/tables/io.h ==== */
 /* io: what the library asks of the operating system about files, as a table: a test fails, cuts short or loses any call, a user brings another store. The system's own is llmpar_io_system (io/system.h).
 
    Every function returns 0 or an errno value. EINTR means: ask again (not after close, which has closed in any case). Short reads and writes are the caller's affair. Several threads may use a table at once. */
-
 /* READ: an existing regular file. WRITE: a new file, or an old regular one, emptied. DIRECTORY: only to be synced. */
 typedef enum llmpar_io_mode { LLMPAR_IO_READ = 0, LLMPAR_IO_WRITE = 1, LLMPAR_IO_DIRECTORY = 2 } llmpar_io_mode;
 typedef enum llmpar_io_kind { LLMPAR_IO_NONE = 0, LLMPAR_IO_FILE = 1, LLMPAR_IO_FOLDER = 2, LLMPAR_IO_PIPE = 3, LLMPAR_IO_OTHER = 4 } llmpar_io_kind;
@@ -475,11 +454,9 @@ typedef struct llmpar_io {
 } llmpar_io;
 
 #define LLMPAR_IO_ABI 1u
-
 /* ==== src/tables/ctx.h ==== */
 /* ctx: one rank's view of the job: heap, device, world communicator, error text, log. Made and ended by llmpar_launch; never
    shared between ranks. */
-
 struct llmpar_device;
 struct llmpar_comm;
 struct llmpar_io;
@@ -509,7 +486,6 @@ LLMPAR_API llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, cons
 LLMPAR_API const char *llmpar_last_error(const llmpar_ctx *ctx);
 /* Sends one line to the log sink, if any. Local. */
 LLMPAR_API void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *format, ...) LLMPAR_PRINTF(3, 4);
-
 /* ==== src/tables/device.h ==== */
 /* device: the table of everything that touches tensor memory. A user may bring another implementation, or replace one slot.
 
@@ -523,7 +499,6 @@ LLMPAR_API void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *
    otherwise: F32, F64 (runs the portable code), and for the operations of forward and backward (gemm .. xent, add, scale, copy_rows) BF16 and F16: these compute in F32 and round once at each store; what is summed stays in llmpar_dtype_sum(dtype),
    called the sum type below: rstd, lse, softmax statistics, RoPE tables and the gradients of parameters. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
    Every chain starts from +0, so a chain of additions is never -0 and absent terms may be left out; a chain of fused products can underflow to -0, so the product adds the +0 of an empty piece. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
-
 #define LLMPAR_DEVICE_ABI 1u
 
 typedef struct llmpar_device llmpar_device;
@@ -839,14 +814,12 @@ LLMPAR_API llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *d
 /* Waits on the host until the last call is done. */
 LLMPAR_API llmpar_status llmpar_order_wait(llmpar_order *order);
 LLMPAR_API void llmpar_order_destroy(llmpar_order *order);
-
 /* ==== src/tables/comm.h ==== */
 /* comm: the communicator table: collectives between the ranks of one mesh axis. A user may bring another implementation, or replace one slot.
 
    Every collective is an enqueue on a stream of the communicator's device: it returns when accepted; buffers belong to the stream until an event behind it completes; all ranks of the communicator make the
    same calls in the same order. Reductions combine the ranks' contributions in the balanced binary tree over the rank index (llmpar_tree_split), lower index on the left, in the dtype given: the
    same bits on every implementation. When a rank fails, every other rank's pending and next collective returns LLMPAR_ERR_PEER; nothing hangs. */
-
 #define LLMPAR_COMM_ABI 1u
 
 typedef struct llmpar_comm llmpar_comm;
@@ -920,10 +893,8 @@ LLMPAR_API llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, c
 LLMPAR_API llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 LLMPAR_API llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
 LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* local */
-
 /* ==== src/tables/backend.h ==== */
 /* backend: what ranks compute and communicate with where that is not the CPU and the launch's own transport. A launch desc names one; llmpar_cuda_backend and llmpar_nccl_backend fill one, or a user does. */
-
 #define LLMPAR_BACKEND_ABI 1u
 
 /* Called by launch on every rank's own thread; ctx has rank, world, local_rank, heap, host and host_comm. Plain data that is copied; what `user` pointers point to is borrowed until launch returns. */
@@ -942,14 +913,12 @@ typedef struct llmpar_backend {
     /* This rank has failed before it could come to comm_create (no device), and ctx->error says why: tells those who wait for it there. Called by launches whose ranks have no other way to tell each other. Empty: it is missed there. */
     void (*comm_absent)(const void *comm_user, llmpar_ctx *ctx);
 } llmpar_backend;
-
 /* ==== src/tables/record.h ==== */
 /* record: what a collective is, said the same way by every rank and every transport: a fingerprint to compare before data moves, a text to report, and a ring of each
    rank's last collectives (all of its communicators) that can be dumped as JSON with the field names of PyTorch's Flight Recorder.
 
    The wrappers of comm.h describe each call (comm->call), enter it in the record and mark it, on its stream, as started and as completed. A communicator
    attaches itself to its rank's record, compares fingerprints when its ranks meet, and reports with the functions below. One rank alone is not recorded: it waits for nobody. */
-
 #define LLMPAR_RECORD_ENTRIES 256
 
 typedef enum llmpar_call_op {
@@ -1016,7 +985,6 @@ LLMPAR_API void llmpar_record_completed(llmpar_record *record, uint64_t id);
 LLMPAR_API void llmpar_record_position(llmpar_record *record, llmpar_position *out);
 /* The dump: version, pg_config, pg_status, entries (oldest first; the tag stands in `frames`), and this rank with its mesh coordinate. From any thread. */
 LLMPAR_API size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity);
-
 /* ==== src/tables/halving.h ==== */
 /* halving: how ranks that exchange messages go on with the tree over the rank index (docs/exact.md): a reduce-scatter in which each step halves what a rank holds. Arithmetic only; for whoever writes a communicator.
 
@@ -1027,7 +995,6 @@ LLMPAR_API size_t llmpar_record_json(llmpar_record *record, char *text, size_t c
    Going up, rank a of the left part keeps the parts with c = a and gives those with c = a + p to rank a of the right part; rank a of the right part keeps c = p + a and gives c = a, a + q, .. < p to those ranks of the left
    part. For powers of two that is recursive halving with the partners r^1, r^2, r^4 ..: log2 n exchanges, and (n-1)/n of the data.
        n = 4, rank 1 (parts 0 1 2 3):   0 2 -> rank 0, keeps 1 3 of (x0+x1)     1 keeps, 3 -> rank 3: part 1 of (x0+x1)+(x2+x3) */
-
 /* A node above this rank. The parts with label c at it: c == mine are kept, and their other operand comes from `partner`; the others go to rank lo + c. */
 typedef struct llmpar_halving_level {
     int32_t lo, p, q;
@@ -1047,11 +1014,9 @@ typedef struct llmpar_halving {
 /* 1; 0: no memory, and nothing is held. 0 <= rank < ranks. Local. */
 LLMPAR_API int llmpar_halving_make(llmpar_heap *heap, int32_t ranks, int32_t rank, llmpar_halving *out);
 LLMPAR_API void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving); /* a zeroed one is fine; local */
-
 /* ==== src/tables/arena.h ==== */
 /* arena: the one place device memory comes from. Every allocation carries a tag; live and peak bytes are kept per tag, so that a plan can be
    compared with reality to the byte. Requests are rounded to the device's alignment; freed blocks are kept for later requests. */
-
 typedef enum llmpar_tag {
     LLMPAR_TAG_PARAMETERS = 0, /* shards */
     LLMPAR_TAG_GATHERED,       /* whole units */
@@ -1093,11 +1058,9 @@ LLMPAR_API uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *mem
 LLMPAR_API void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out);
 /* Peaks start again from the live bytes. */
 LLMPAR_API void llmpar_arena_reset_peaks(llmpar_arena *arena);
-
 /* Chapter: cpu */
 /* ==== src/cpu/cpu.h ==== */
 /* cpu: the CPU device. Portable kernels are the readable specification (also in f64); faster levels are chosen at run time. */
-
 typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3,
     LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 (attention: with BF16) take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
 
@@ -1120,11 +1083,9 @@ typedef struct llmpar_cpu_desc {
    Sets flush-to-zero state off on the workers. Local. */
 LLMPAR_API llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out);
 LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* waits for streams with threads, joins these and the workers */
-
 /* Chapter: comm */
 /* ==== src/comm/threads.h ==== */
 /* threads: the communicator between rank threads of one process: collectives straight through shared memory in tree order. */
-
 /* What the rank threads of a job share: barriers, published pointers, the first failure. */
 typedef struct llmpar_threads_world llmpar_threads_world;
 
@@ -1154,14 +1115,12 @@ LLMPAR_API void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_
 LLMPAR_API int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t rank);
 /* llmpar_record_json of a rank that need not be this thread's; 0 and "" if the rank has no record any more. */
 LLMPAR_API size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t rank, char *text, size_t capacity);
-
 /* ==== src/comm/mpi.h ==== */
 /* mpi: the communicator between MPI processes. Its functions exist where LLMPAR_USE_MPI is defined beside LLMPAR_IMPLEMENTATION; these declarations need no mpi.h.
 
    llmpar_launch does all of this by itself under mpirun. By hand, one world a process:
      llmpar_mpi_world_create -> llmpar_mpi_comm_create -> ... collectives ... -> llmpar_mpi_world_finish -> llmpar_comm_destroy -> llmpar_mpi_world_destroy
    After world_create no MPI call blocks and none is collective: Isend, Irecv and Test alone, so that a rank which fails, ends or dies is found by the others wherever they wait. */
-
 /* A static function that is left out would be warned of: declared extern, a call of it fails to link. */
 #if defined(LLMPAR_STATIC) && !defined(LLMPAR_USE_MPI)
 #define LLMPAR__MPI_API extern
@@ -1205,24 +1164,20 @@ LLMPAR__MPI_API int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grac
 LLMPAR__MPI_API void llmpar_mpi_world_destroy(llmpar_mpi_world *world); /* NULL is fine; after finish */
 
 #undef LLMPAR__MPI_API
-
 /* Chapter: sim */
 /* ==== src/sim/sim.h ==== */
 /* sim: a device and communicators that only count. The same step runs on them, and the arena says what every buffer would take: there is no second model of memory (docs/architecture.md).
 
    The device hands out addresses that are no memory and computes nothing; its workspace queries are those of the device it stands for. A copy to the host gives zeros. A communicator keeps the size, the rank and the
    byte counters of the one it stands for and moves nothing; split alone is real, since only the ranks together know the result. */
-
 /* A device that stands for `of` (borrowed, only asked for workspaces). heap and error are those of the rank's simulated ctx. Local. */
 LLMPAR_API llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out);
 LLMPAR_API void llmpar_sim_device_destroy(llmpar_device *device); /* local */
 /* A communicator that stands for `of`. own: 1: `of` is destroyed with it. Local. */
 LLMPAR_API llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out);
-
 /* Chapter: mesh */
 /* ==== src/mesh/mesh.h ==== */
 /* mesh: ranks on named axes, tp innermost, and a communicator for every axis and for the flattened data axes. */
-
 #define LLMPAR_MESH_AXES 5
 typedef enum llmpar_axis { LLMPAR_AXIS_DP_REPLICATE = 0, LLMPAR_AXIS_DP_SHARD = 1, LLMPAR_AXIS_CP = 2, LLMPAR_AXIS_PP = 3, LLMPAR_AXIS_TP = 4 } llmpar_axis;
 
@@ -1250,10 +1205,8 @@ LLMPAR_API void llmpar_mesh_destroy(llmpar_mesh *mesh); /* local */
 LLMPAR_API int32_t llmpar_mesh_rank_at(const llmpar_mesh *mesh, const int32_t coordinate[LLMPAR_MESH_AXES]);
 /* Writes a picture of the mesh (rows: data coordinates, columns: tp) into text, cut at capacity; returns bytes needed without the NUL. Local. */
 LLMPAR_API size_t llmpar_mesh_print(const llmpar_mesh *mesh, char *text, size_t capacity);
-
 /* ==== src/mesh/dtensor.h ==== */
 /* dtensor: which part of a global tensor a rank holds. Local arithmetic only: no communication, no allocation. */
-
 #define LLMPAR_MAX_DIMS 4
 
 typedef enum llmpar_placement_kind { LLMPAR_REPLICATE = 0, LLMPAR_SHARD = 1, LLMPAR_PARTIAL_SUM = 2, LLMPAR_PARTIAL_MAX = 3, LLMPAR_FLAT = 4 } llmpar_placement_kind;
@@ -1302,13 +1255,11 @@ LLMPAR_API size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *
 LLMPAR_API size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity);
 /* The same picture as an SVG document; each cell has the id "cell-ROW-COLUMN" and data-ranks, each legend line "rank-N". A tensor of other dims, or without elements, has the legend only. Local. */
 LLMPAR_API size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity);
-
 /* ==== src/mesh/redistribute.h ==== */
 /* redistribute: a tensor from any placements to any others on the same mesh, planned as a short list of collectives. A plan is plain data, which every rank makes for itself from the same request. Where a collective
    of the table does a step exactly, it is taken; everything else is an exchange: pairs of send and recv with just the elements that are needed. Sums are trees over the coordinate of each axis, the last listed axis first.
    A target may be Partial. On an axis where `from` is Partial of the same kind contributions stay where they are (if sums and maxima are mixed: as long as their order of undoing stays); else Partial(sum) is the
    tensor at coordinate 0 and zeros (-0 of f32, f64, which changes no sum) elsewhere, and Partial(max) is the tensor at every coordinate. */
-
 /* LOCAL: every rank has what it needs. ALL_GATHER undoes the last cut, BROADCAST too where parts are uneven (one from each owner). REDUCE_SCATTER reduces and cuts evenly. ALL_TO_ALL: all pairs of ranks of an axis move
    the same number of elements. EXCHANGE: send and recv between pairs of the world; contributions go to one rank for each element, which combines them, and from there to the others. */
 typedef enum llmpar_redistribute_op {
@@ -1349,14 +1300,12 @@ LLMPAR_API int64_t llmpar_dtensor_full_scratch(const llmpar_dtensor *tensor, con
 LLMPAR_API llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const void *local, void *scratch, void *full);
 /* local <- this rank's part of full, both in host memory: FLAT writes only its range inside the flat shard. Local. */
 LLMPAR_API void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, const void *full, void *local);
-
 /* Chapter: tp */
 /* ==== src/tp/tp.h ==== */
 /* tp: tensor parallelism over one mesh axis: column- and row-parallel linear layers, sequence-parallel gather and reduce, vocab-parallel select. Shoeybi et al. 2019 (Megatron), Korthikanti et al. 2022 (sequence parallel).
    Every function enqueues on the stream it is given and works for one rank, where it is plain. Sums follow docs/exact.md: pieces of the sharded dim, balanced tree, collective.
 
    Shapes: N = B*T rows of all tokens; Ns = B*(T/tp) rows with sequence parallel, else N. G grains (heads, rows of F, vocabulary ids) of `grain` elements are cut over tp by llmpar_piece_begin. */
-
 typedef struct llmpar_tp {
     llmpar_ctx *ctx;          /* borrowed */
     llmpar_comm *comm;        /* borrowed; the tp axis */
@@ -1405,7 +1354,6 @@ LLMPAR_API llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *st
 LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype);
 /* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. More than one rank: dim * size of dtype is a multiple of 8, else LLMPAR_ERR_SHAPE. */
 LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype);
-
 /* Chapter: fsdp */
 /* ==== src/fsdp/unit.h ==== */
 /* unit: what FSDP gathers at once: named tensors and callbacks. FSDP knows units, never a model, so anybody's network is a first-class client.
@@ -1413,7 +1361,6 @@ LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *st
    A step runs the units in order: forward 0..n-1, backward n-1..0. Unit u's output is unit u+1's input; the first unit reads the token ids of the micro-batch, the last one
    computes the loss, in forward or backward. A unit's forward and backward are lists of instructions themselves (compute, tensor-parallel gather, tensor-parallel reduce), so that
    tensor-parallel communication is planned, printed and overlapped like the rest. */
-
 /* One parameter. name and everything in it are copied by llmpar_fsdp_create. */
 typedef struct llmpar_param {
     const char *name;                 /* Hugging Face name, unique over all units */
@@ -1501,10 +1448,8 @@ typedef struct llmpar_unit {
     llmpar_recompute recompute;       /* what is kept for backward; not FULL for the last unit: its backward follows its forward */
     int32_t frozen;                   /* 1: gathered, never reduced and never updated; backward only hands dinput on */
 } llmpar_unit;
-
 /* ==== src/fsdp/schedule.h ==== */
 /* schedule: what a step does, as data. A pure function turns (units, policy) into a list of instructions; validate.h proves it; the executor runs it. */
-
 /* GATHER u            whole parameters of unit u from the shards (all-gather over dp_shard); where parameters are whole at rest (ZeRO-1, 2): in place, after the update and with its predicate
    FREE u              the gathered parameters, or gradient buffer `slot` where slot >= 0; slot -1 and what PARAMS: the fetched shard, unchanged. A shard buffer (local 0) is freed only in the first of two passes, after its NORM
    FORWARD u m         unit u on micro-batch m; pass FORWARD or EVAL; again: the second forward or backward of a step in two passes, whose loss does not count. EVAL: nothing is kept, and the input is released: every unit of a forward-only list,
@@ -1605,7 +1550,6 @@ LLMPAR_API const char *llmpar_op_name(llmpar_op op);
    a frozen unit's none; CAST and the gather of whole parameters follow the update, nothing else does; at the end everything that is offloaded is in its store; what another stream wrote or still reads is waited for.
    LLMPAR_ERR_SCHEDULE names the instruction and the reason; LLMPAR_ERR_ARGUMENT as llmpar_schedule_create. heap: scratch. Local. */
 LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error);
-
 /* ==== src/fsdp/fsdp.h ==== */
 /* fsdp: flat shards of units, and the executor that runs a schedule over them. It knows no model and no policy.
 
@@ -1614,13 +1558,11 @@ LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
 
    A unit's tp-local parameters lie one after the other in one flat buffer, each beginning at a multiple of 128 elements, cut evenly over dp_shard (shards are multiples of 128; padding is zero, in
    no file and no norm). Rajbhandari et al. 2020 (ZeRO), Zhao et al. 2023 (FSDP). */
-
 /* ==== src/tables/trace.h ==== */
 /* trace: what ran when, on which stream of which rank, and how many bytes the arena held, as a Chrome trace: chrome://tracing and ui.perfetto.dev load it.
 
    Each rank keeps its spans in memory; a span begins and ends where its stream comes to its marks, which are host calls, so on a device that works late it shows when the work was done and not when it was
    enqueued. llmpar_trace_write collects the ranks' events into one text: process = rank, thread = stream, times in microseconds since the first rank began its trace, on one clock. */
-
 #define LLMPAR_TRACE_LANES 16
 
 typedef struct llmpar_trace llmpar_trace; /* one rank's */
@@ -1650,7 +1592,6 @@ LLMPAR_API llmpar_status llmpar_trace_end(llmpar_trace *trace, llmpar_stream *st
 LLMPAR_API void llmpar_trace_memory(llmpar_trace *trace, const llmpar_arena_usage *usage);
 /* Hands the whole trace to sink on rank 0 of world, which is a communicator of all ranks that trace. Every rank's streams must be done. sink is not looked at elsewhere. Collective. */
 LLMPAR_API llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user);
-
 /* ---- src/fsdp/fsdp.h goes on ---- */
 #define LLMPAR_FLAT_ALIGN 128
 
@@ -1789,7 +1730,6 @@ LLMPAR_API llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit);
 LLMPAR_API llmpar_status llmpar_fsdp_lend(llmpar_fsdp *fsdp, const char *borrower);
 /* Writes into text the first parameter with a non-finite element over the world, "" if none. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *text, size_t capacity);
-
 /* Chapter: optim */
 /* ==== src/optim/lr.h ==== */
 /* lr: learning-rate schedules, and the dynamic loss scale of f16. Pure functions of the step and plain data: every rank computes the same.
@@ -1799,7 +1739,6 @@ LLMPAR_API llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *tex
         |                 /       ''--..           /            \                    /    \
         |  lr_min -      /              ''----    /              \----              /        \----
         +---------->    | warmup  total         warmup  | decay_steps | total        total/2  total          step */
-
 /* After the warm-up, with x from 0 at its end (wsd: where the decay begins) to 1 at step total:
      COSINE     lr_min + (lr - lr_min) (1 + cos(pi x)) / 2                    (Loshchilov & Hutter 2017)
      CONSTANT   lr
@@ -1843,7 +1782,6 @@ LLMPAR_API void llmpar_loss_scale_resolve(llmpar_loss_scale *state); /* fills in
 LLMPAR_API llmpar_status llmpar_loss_scale_check(const llmpar_loss_scale *state, llmpar_error *error);
 /* After a step. LLMPAR_ERR_NONFINITE: the gradient is not finite at the least scale, so that it is not the scale's fault; the state is unchanged. */
 LLMPAR_API llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int32_t found_inf, llmpar_error *error);
-
 /* ==== src/optim/optim.h ==== */
 /* optim: the optimizers behind fsdp's table: AdamW, SGD with momentum, LOMO and AdaLomo. Each updates this rank's shards of the (master) parameters and nothing else.
 
@@ -1853,7 +1791,6 @@ LLMPAR_API llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int3
      LOMO     p -= lr g', inside backward, so that no gradient outlives its unit (Lv et al. 2023, arXiv 2306.09782)                              none
      ADALOMO  adalomo.c: factored second moments and an update normalised tensor by tensor, inside backward (Lv et al. 2023, arXiv 2310.10195)   a row and a column of each matrix
    All are element-wise but AdaLomo, whose sums are order-free: the same bits on every mesh. */
-
 typedef enum llmpar_optim_kind { LLMPAR_OPTIM_ADAMW = 0, LLMPAR_OPTIM_SGD = 1, LLMPAR_OPTIM_LOMO = 2, LLMPAR_OPTIM_ADALOMO = 3, LLMPAR_OPTIM_COUNT = 4 } llmpar_optim_kind;
 
 /* Zero is the default everywhere. What an optimizer does not have must stay zero. */
@@ -1899,12 +1836,10 @@ LLMPAR_API void llmpar_optim_get_factors(const llmpar_optim *optim, int32_t unit
 LLMPAR_API int64_t llmpar_optim_bytes(const llmpar_optim *optim);
 /* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */
 LLMPAR_API double llmpar_clip_scale(double norm, double max_norm);
-
 /* Chapter: model */
 /* ==== src/model/config.h ==== */
 /* config: the shape of a Llama or of a near relative: presets, reading and writing a Hugging Face config.json, and what follows from the shape alone
    (parameter count, FLOPs, RoPE tables). Plain data, all functions are local and pure. Shape letters: V vocab, D hidden, F intermediate, L layers, H heads, K kv heads, E head dim, T positions. */
-
 typedef enum llmpar_rope_kind { LLMPAR_ROPE_NONE = 0, LLMPAR_ROPE_LINEAR = 1, LLMPAR_ROPE_LLAMA3 = 2, LLMPAR_ROPE_DYNAMIC = 3, LLMPAR_ROPE_YARN = 4 } llmpar_rope_kind;
 
 /* How RoPE frequencies are stretched to longer contexts (transformers: modeling_rope_utils). Unused fields are 0. */
@@ -1975,14 +1910,12 @@ LLMPAR_API void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t 
    the angle in f32: its angle at position p is off by up to about p * 2^-23 rad, this one by p * 2^-52. LLMPAR_ERR_ARGUMENT: another dtype, negative
    positions, or an angle beyond 1e9. Uses `heap` for E/2 doubles. */
 LLMPAR_API llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error);
-
 /* ==== src/model/llama.h ==== */
 /* llama: a Llama 3, or a near relative (llmpar_family), as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
 
    One block, Ns = rows of the residual stream on this rank (B*T, or B*T/tp with sequence parallel), N = B*T:
      x[Ns,D] -> rmsnorm -> (gather) -> q,k,v (+ bias, norm over heads) -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
    Touvron et al. 2023; Shoeybi et al. 2019, fig. 3; Korthikanti et al. 2022, fig. 5. */
-
 typedef struct llmpar_llama llmpar_llama;
 
 #define LLMPAR_WRAP_HALF (-1)
@@ -2059,17 +1992,13 @@ LLMPAR_API llmpar_status llmpar_generator_begin(llmpar_generator *generator, con
 LLMPAR_API llmpar_status llmpar_generator_step(llmpar_generator *generator, int32_t *running);
 /* Returns the first failure to lay the weights as they lay. NULL: nothing happens. */
 LLMPAR_API llmpar_status llmpar_generator_destroy(llmpar_generator *generator);
-
 /* Chapter: io */
 /* ==== src/io/system.h ==== */
 /* system: the operating system's files as a table. */
-
 /* POSIX calls, nothing else. Static, never changed. Local. */
 LLMPAR_API const llmpar_io *llmpar_io_system(void);
-
 /* ==== src/io/file.h ==== */
 /* file: reading, atomic writing and directories over a table of files. io NULL: the system's files. A path that is NULL or empty: LLMPAR_ERR_ARGUMENT. Errors name path, operation and the errno's text. Everything here is local. */
-
 /* An open file for reading, which may shrink or grow meanwhile: then a read fails, nothing else. Plain data; several threads may read. Closed by llmpar_file_close. */
 typedef struct llmpar_file {
     const llmpar_io *io;
@@ -2123,11 +2052,9 @@ LLMPAR_API int llmpar_is_directory(const char *path);
 LLMPAR_API int llmpar_is_file(const char *path);
 
 #define LLMPAR__AGAIN(call, ...) do number = io->call(io->user, __VA_ARGS__); while (number == EINTR)
-
 /* ==== src/io/safetensors.h ==== */
 /* safetensors: reader (validated as the format's reference does, and stricter) and writer.
    Format: u64 little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, data. */
-
 typedef struct llmpar_safetensor {
     const char *name;
     llmpar_dtype dtype;
@@ -2170,7 +2097,6 @@ LLMPAR_API llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_wri
 LLMPAR_API llmpar_status llmpar_safetensors_writer_settle(llmpar_safetensors_writer *writer, llmpar_error *error); /* commit without the directory's sync and the destruction: see llmpar_writer_settle */
 LLMPAR_API void llmpar_safetensors_writer_sum(const llmpar_safetensors_writer *writer, uint64_t *bytes, uint64_t *xxh64); /* of the file so far */
 LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer);
-
 /* Chapter: text */
 /* ==== src/text/data.h ==== */
 /* data: token sequences for training and evaluation out of one text. Plain data, no allocation; every function is local and pure, so ranks agree without talking.
@@ -2182,7 +2108,6 @@ LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
    The order. A sequence is known by its global index g = step * B + i (i-th sequence of a step with B sequences over all ranks and micro-batches). The training part is cut
    into S windows; epoch e = g / S starts its first window at phase(seed, e), and g mod S goes through a permutation keyed by (seed, e): every window once an epoch, in shuffled order.
    Nothing else enters, so neither the mesh nor the number of micro-batches can change what a step sees. */
-
 /* Fills tokens[T+1] of the training sequence `global_index` >= 0: T inputs, each followed by its target. Must be a pure function of the index. */
 typedef llmpar_status (*llmpar_sequence_fn)(void *user, int64_t global_index, int32_t *tokens);
 
@@ -2215,11 +2140,9 @@ LLMPAR_API llmpar_status llmpar_data_sequence(void *data, int64_t global_index, 
 
 /* tokens[T+1] of held-out sequence `index` in [0, eval_windows): consecutive windows, so that their targets are tokens [train_count + 1, train_count + eval_windows * T]. */
 LLMPAR_API llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int64_t index, int32_t *tokens);
-
 /* Chapter: model_io */
 /* ==== src/model_io/hf_files.h ==== */
 /* hf_files: the weight files of a Hugging Face directory, model.safetensors or model.safetensors.index.json and its shards, read and written by one process without knowing a model. io may be NULL (the system's). All local. */
-
 #define LLMPAR_HF_MAX_FILES 1024 /* shards of one model; each is an open file while it is read */
 
 /* What an index says. Freed by llmpar_hf_index_free; a zeroed struct is fine. */
@@ -2264,10 +2187,8 @@ LLMPAR_API llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_i
 LLMPAR_API llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const void *data, size_t bytes, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error); /* destroys it in any case */
 LLMPAR_API void llmpar_hf_writer_abandon(llmpar_hf_writer *writer);                               /* removes what it made */
-
 /* ==== src/model_io/hf.h ==== */
 /* hf: Hugging Face directories: config.json and weights, read into any mesh and written from any mesh. */
-
 /* Reads DIR/config.json. LLMPAR_ERR_IO, or what llmpar_llama_config_parse says. Local. */
 LLMPAR_API llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out);
 
@@ -2295,7 +2216,6 @@ LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
 LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
 LLMPAR_API llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file);                                         /* collective; destroys it */
 LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* local */
-
 /* ==== src/model_io/checkpoint.h ==== */
 /* checkpoint: the whole state of a training run in a directory, written so that whatever happens, the newest complete one is whole; read into any mesh, ZeRO stage and wrapping (docs/checkpoints.md).
 
@@ -2306,7 +2226,6 @@ LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);           
         rank-00003.safetensors   what world rank 3 owns: master parameters and optimizer state, "param/NAME", "state0/NAME" .., flat
 
    What several ranks hold alike is written by one of them. Numbers are keyed by tensor name and global index, so nothing of the mesh that wrote them is needed to read them. */
-
 /* The numbers of a run beside its tensors. */
 typedef struct llmpar_checkpoint_info {
     int64_t step;              /* steps made: the position in the data and in the schedule */
@@ -2347,11 +2266,9 @@ LLMPAR_API llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
    without optimizer states and optim NULL: parameters alone are taken. Collective. */
 typedef llmpar_status (*llmpar_checkpoint_accept)(void *user, const char *path, const llmpar_checkpoint_info *info);
 LLMPAR_API llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim *optim, const char *path, llmpar_checkpoint_accept accept, void *user, llmpar_checkpoint_info *info);
-
 /* Chapter: run */
 /* ==== src/run/launch.h ==== */
 /* launch: makes the ranks (threads of this process), gives each its ctx, and collects the root error. */
-
 /* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads.
    ENVIRONMENT: processes that torchrun or a like launcher has started: this one is rank RANK of WORLD_SIZE, with LOCAL_RANK and LOCAL_WORLD_SIZE on its machine, and meets the others at MASTER_ADDR:MASTER_PORT. It has no communicator of its own (ctx->host_comm is
    NULL): a backend makes the only one. A rank that fails tells the others through that; one that fails before it has it, where they meet (comm_absent). */
@@ -2394,10 +2311,8 @@ typedef llmpar_status (*llmpar_rank_fn)(llmpar_ctx *ctx, void *user);
    initialised here the root error is logged and MPI_Abort ends all processes with exit code 1; else the error is returned, and the caller has to.
    Environment: every process calls it and gets the same error, as far as the backend's communicator tells (comm_finish); else its own, which is LLMPAR_ERR_PEER with the other rank's text where another one has failed. */
 LLMPAR_API llmpar_status llmpar_launch(const llmpar_launch_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *error);
-
 /* ==== src/run/trainer.h ==== */
 /* trainer: the recipe (mesh + model + placements + units + optimizer) and the training loop with its metrics. */
-
 typedef enum llmpar_exact { LLMPAR_EXACT_DEFAULT = 0, LLMPAR_EXACT_OFF = 1, LLMPAR_EXACT_ON = 2, LLMPAR_EXACT_REQUIRE = 3 } llmpar_exact;
 
 typedef enum llmpar_sink_kind { LLMPAR_SINK_METRICS = 1, LLMPAR_SINK_PROGRESS = 2 } llmpar_sink_kind;
@@ -2507,14 +2422,11 @@ LLMPAR_API const llmpar_data *llmpar_trainer_data(const llmpar_trainer *trainer)
 /* Whole directory in, whole directory out. Collective. */
 LLMPAR_API llmpar_status llmpar_load_hf(llmpar_trainer *trainer, const char *directory);
 LLMPAR_API llmpar_status llmpar_save_hf(llmpar_trainer *trainer, const char *directory);
-
 /* ==== src/run/plan.h ==== */
 /* plan: what a step would hold, before a byte of it is allocated: the recipe runs on a device that only counts (sim/sim.h), so the plan cannot differ from the program. */
-
 /* Memory of this rank for one step of the recipe that llmpar_parallelize would make from the same arguments; desc.memory_limit counts: a step that does not fit is LLMPAR_ERR_MEMORY, whose text goes to *error (it may be NULL) and not
    to the ctx. Nothing is read, written or allocated beyond descriptions. Collective. */
 LLMPAR_API llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error);
-
 LLMPAR_EXTERN_C_END
 
 #endif /* LLMPAR_H */
@@ -2552,7 +2464,6 @@ LLMPAR_EXTERN_C_END
 #ifdef __cplusplus
 #pragma GCC diagnostic ignored "-Wold-style-cast"
 #endif
-
 /* ==== src/base/size.c ==== */
 LLMPAR_DEF int llmpar_size_mul(size_t a, size_t b, size_t *out)
 {
@@ -2651,7 +2562,6 @@ static inline uint64_t llmpar__bits_mix(uint64_t x) /* splitmix64 */
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-
 /* ---- src/base/dtype.c goes on ---- */
 /* All conversions work on bit patterns or on normal numbers only, so their results do not depend on the thread's
    flush-to-zero state (but for f64 -> f32, a plain cast). They select instead of branching: the loops of llmpar_convert vectorise. */
@@ -2796,11 +2706,9 @@ LLMPAR_DEF int llmpar_convert(void *out, llmpar_dtype out_dtype, const void *in,
 /* ==== src/base/math.c ==== */
 /* ==== src/base/math_internal.h ==== */
 /* math_internal: the one place where an integer becomes a correctly rounded double; shared by json and exact_sum. */
-
 /* (significand + d) * 2^exponent with 0 < d < 1 if `sticky`, else d = 0; rounded once to nearest, ties to even.
    Subnormals and infinity as IEEE has them. With sticky set the significand must have at least 55 bits. */
 LLMPAR__PRIVATE double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent);
-
 /* ---- src/base/math.c goes on ---- */
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -3396,16 +3304,13 @@ LLMPAR_DEF uint64_t llmpar_xxh64_end(const llmpar_xxh64 *state)
 #undef LLMPAR__XXH64_P3
 #undef LLMPAR__XXH64_P4
 #undef LLMPAR__XXH64_P5
-
 /* ==== src/cpu/half.c ==== */
 /* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level (but that a signalling NaN may stay one until it is rounded). */
 /* ==== src/cpu/half_internal.h ==== */
 /* half: BF16 and F16 in memory, for products and attention, whose kernels compute in f32 on parts that are widened into a scratch, or packed, first; each store rounds once. Kernels that go over rows widen
    and round in registers (vector_math.inc: get and put). */
-
 /* ==== src/cpu/cpu_internal.h ==== */
 /* cpu_internal: what the operation files of the CPU device share: the device's state, the worker pool, and one function a slot. */
-
 struct llmpar__pool;
 
 typedef struct llmpar__cpu {
@@ -3484,7 +3389,6 @@ LLMPAR__PRIVATE size_t llmpar__cpu_attention_backward_workspace(llmpar_device *d
 LLMPAR__PRIVATE size_t llmpar__cpu_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
 LLMPAR__PRIVATE size_t llmpar__cpu_interleave_workspace(llmpar_device *device, const llmpar_interleave_args *args);
 LLMPAR__PRIVATE int32_t llmpar__cpu_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
-
 /* ---- src/cpu/half_internal.h goes on ---- */
 /* How one type is stored. Neither function needs alignment; both have the bits of base/dtype.h at every level. */
 typedef struct llmpar__half {
@@ -3514,7 +3418,6 @@ static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__h
 {
     if (half->narrow) half->narrow((char *)base + index * half->size, scratch, count);
 }
-
 /* ---- src/cpu/half.c goes on ---- */
 /* ==== src/cpu/vector.h ==== */
 /* vector: short vectors of one level, and the names a kernel template is made from.
@@ -3527,7 +3430,6 @@ static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__h
    NARROW ones wait for memory, not for arithmetic: they have no instance for AVX-512, where AVX2's serves as well.
    Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
    depends on where an element lies. */
-
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 #define LLMPAR__VX86 1
 #include <immintrin.h>
@@ -3959,7 +3861,6 @@ LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqr
 #undef LLMPAR__VLEVEL
 #endif
 #undef LLMPAR__VROOTS
-
 /* ---- src/cpu/half.c goes on ---- */
 #if LLMPAR__VX86
 #include <cpuid.h>
@@ -4119,7 +4020,6 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
    A chain may go on from memory anywhere, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
 /* ==== src/cpu/gemm_thin_internal.h ==== */
 /* gemm_thin: products of few rows with weights as they lie or with interleaved rows, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
-
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
@@ -4168,7 +4068,6 @@ static inline int llmpar__gemm_has_interleaved(const llmpar_gemm_args *args)
 }
 /* Any number of rows, sixteen at a time. args->workspace has the bytes that so many need. */
 LLMPAR__PRIVATE void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args);
-
 /* ---- src/cpu/gemm_thin.c goes on ---- */
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 #include <immintrin.h>
@@ -4787,7 +4686,6 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 /* gemm_kernel: the inner parts of the matrix product for each vector width: panels are packed, and a tile of c takes its steps through them. */
 /* ==== src/cpu/gemm_internal.h ==== */
 /* gemm_internal: what the matrix product's blocks (gemm.c) and its kernels (gemm_kernel.c) share: steps, tiles, panels. */
-
 #if !defined(LLMPAR_NO_SIMD)
 
 /* A stretch of k, in links, in which the rows of A lie `ld` bytes apart. Members of 8 bytes, for assembly code. */
@@ -4873,7 +4771,6 @@ LLMPAR__PRIVATE void llmpar__gemm_turn(const void *in, int64_t ld, int64_t rows,
 LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile);
 
 #endif
-
 /* ---- src/cpu/gemm_kernel.c goes on ---- */
 /* ==== src/cpu/gemm_x86_internal.h ==== */
 /* gemm_x86: the chains of a register tile, as instructions. gemm_kernel.c makes the functions of each vector width of it. The whole loop over k is one asm statement, because
@@ -5025,7 +4922,6 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
 }
 
 #endif
-
 /* ---- src/cpu/gemm_kernel.c goes on ---- */
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 #include <immintrin.h>
@@ -5481,7 +5377,6 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void) { return 0; }
    are paired from each segment's begin, and an odd one at its end with zero, so that no cut into parts shows. Below, k counts links, but for what is
    said to count elements. Where c is stored below f32, tiles work on f32 ones of their own in the
    workspace, and each is rounded into c once, when its last part is done. */
-
 /* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
 #if defined(__aarch64__)
 #define LLMPAR__GEMM_CHAIN_F32(a, b, sum) __builtin_fmaf(a, b, sum)
@@ -6261,10 +6156,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
    A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
 /* ==== src/cpu/kernels_internal.h ==== */
 /* kernels: what the operations' files and their kernels (.inc, compiled once a level by kernels_*.c) tell each other: jobs, sizes of tasks, and the names. */
-
 /* ==== src/cpu/squares_internal.h ==== */
 /* squares: what squares.c and its kernel (squares.inc) tell each other. */
-
 /* A block's largest and smallest exponent decide how it is added: two words hold exponents that lie up to 20 apart, three 42; what is wider, or not finite, goes number by number (base/exact_sum.c). */
 enum {
     LLMPAR__SQUARES_BLOCK = 2048,      /* numbers a block, which the first-level cache holds where they have to be summed again */
@@ -6304,7 +6197,6 @@ LLMPAR__VDECLARE_AT(squares, portable) LLMPAR__VDECLARE_AT(squares, avx2) LLMPAR
 LLMPAR__VDECLARE_AT(squares, portable)
 #define LLMPAR__SQUARES_KERNELS { NULL, llmpar__squares_portable, llmpar__squares_portable, llmpar__squares_portable }
 #endif
-
 /* ---- src/cpu/kernels_internal.h goes on ---- */
 /* norm */
 typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
@@ -6400,7 +6292,6 @@ LLMPAR__VDECLARE_NARROW(adalomo_largest)
 LLMPAR__VDECLARE_NARROW(adalomo_squares)
 LLMPAR__VDECLARE_NARROW(adalomo_apply)
 LLMPAR__VDECLARE(adalomo_sums)
-
 /* ---- src/cpu/attention.c goes on ---- */
 LLMPAR__PRIVATE_DEF int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
 {
@@ -6984,7 +6875,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
 
    Results that are larger than a cache, and are no operand too, go past it on AMD's processors: a line that is written whole need not be read first, which is a third of what an all-reduce would move (16 MB
    between two threads on Zen 4: 1.4 times as fast; in place, where the lines are there already, half as fast). Intel's keep their line buffers longer for such stores than a fetch does (Cascade Lake: as fast, or slower). */
-
 #define LLMPAR__TREE_LINE 64u
 #define LLMPAR__TREE_AHEAD 512u /* bytes; 1,024 is the same, 4,096 slower: beyond the first-level cache's ways */
 #define LLMPAR__TREE_STEP 65536u /* bytes of each operand a task */
@@ -7326,7 +7216,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O1")
 #endif
-
 /* ==== src/cpu/optim.c ==== */
 /* optim: AdamW (Loshchilov & Hutter 2019) and SGD, element by element. */
 
@@ -7353,7 +7242,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_
 }
 /* ==== src/cpu/squares.c ==== */
 /* squares: the order-free, exact sum of squares (base/exact_sum.h) that gradient norms and AdaLomo need, as fast as memory gives the numbers. */
-
 static const llmpar__kernel llmpar__squares_kernels[4] = LLMPAR__SQUARES_KERNELS;
 
 /* A sum of units: exact, although a double holds only 53 of its bits. */
@@ -7582,7 +7470,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llm
 }
 /* ==== src/cpu/interleave.c ==== */
 /* interleave: weights become a stream for products of few rows (gemm_thin.c), and rows again. As many rows as are taken together are turned in a worker's scratch and put back where they were. */
-
 LLMPAR__PRIVATE_DEF int32_t llmpar__cpu_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
 {
     int64_t rows = 0;
@@ -8007,7 +7894,6 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
 /* ==== src/base/clock_internal.h ==== */
 /* clock_internal: a clock that nobody sets, and waiting by it. Private. */
-
 #include <pthread.h>
 #include <time.h>
 
@@ -8018,11 +7904,9 @@ LLMPAR__PRIVATE int llmpar__clock_cond_init(pthread_cond_t *cond); /* one for ll
 LLMPAR__PRIVATE void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds);
 /* Between two looks at another thread's word. */
 LLMPAR__PRIVATE void llmpar__clock_pause(void);
-
 /* ---- src/cpu/pool.c goes on ---- */
 /* ==== src/base/float_state_internal.h ==== */
 /* float_state: rounding to nearest even, denormals kept, no traps: equal bits need it, whatever the caller has set, and a new thread inherits what its creator has. */
-
 #if defined(__x86_64__)
 #define LLMPAR__FLOAT_STATE 0x1f80u
 #else
@@ -8041,11 +7925,9 @@ static inline uint64_t llmpar__float_state(uint64_t state)
 #endif
     return old;
 }
-
 /* ---- src/cpu/pool.c goes on ---- */
 /* ==== src/base/processors_internal.h ==== */
 /* processors_internal: which ones this thread may run on, and staying on one. Private: llmpar_launch decides who runs where. */
-
 enum { LLMPAR__PROCESSORS_WORDS = 128 }; /* of 64 processors; the kernel's limit is 8,192 */
 
 typedef struct llmpar__processors {
@@ -8063,7 +7945,6 @@ LLMPAR__PRIVATE int32_t llmpar__processors_share(int32_t cores, int32_t users);
 /* The calling thread runs on these only: 1. 0: the system cannot, or will not. */
 LLMPAR__PRIVATE int llmpar__processors_stay(const llmpar__processors *set);
 LLMPAR__PRIVATE int llmpar__processors_stay_on(int32_t processor);
-
 /* ---- src/cpu/pool.c goes on ---- */
 #if defined(__linux__)
 #include <sys/prctl.h>
@@ -8294,7 +8175,6 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 
    A thread sees the device through a view: a copy of the table whose error is the stream's and whose worker pool is there for one stream only, the first that got a thread (operations of the others run on their
    thread alone, with the same bits). A stream's struct stays with the device when the stream is destroyed and serves the next one, so what still names it finds a position that has been reached. */
-
 #define LLMPAR__STREAM_RING 65536u           /* bytes, a power of two */
 #define LLMPAR__STREAM_GRAIN 32u             /* items begin at its multiples: at least a header fits before the ring's end */
 #define LLMPAR__STREAM_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
@@ -8679,7 +8559,6 @@ LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
 #undef LLMPAR__STREAM_GRAIN
 #undef LLMPAR__STREAM_STACK
 #undef LLMPAR__STREAM_NOBODY
-
 /* ==== src/base/clock.c ==== */
 LLMPAR__PRIVATE_DEF uint64_t llmpar__clock_ns(clockid_t clock)
 {
@@ -8728,10 +8607,8 @@ LLMPAR__PRIVATE_DEF void llmpar__clock_pause(void)
 }
 /* ==== src/tables/comm.c ==== */
 /* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
-
 /* ==== src/tables/tables_internal.h ==== */
 /* tables_internal: what callers of a device and of a communicator would write again and again. Private. */
-
 /* A table's slot is there, and not empty: one that lies beyond its size is not there. */
 #define LLMPAR__HAS(table, slot) ((table)->size >= (size_t)((const char *)(&(table)->slot + 1) - (const char *)(table)) && (table)->slot)
 
@@ -8762,7 +8639,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__comm_thread_check(const llmpar_comm *comm,
 LLMPAR__PRIVATE llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host);
 /* values[count] on the host become the largest of all ranks'. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag);
-
 /* ---- src/tables/comm.c goes on ---- */
 /* A slot that lies beyond the table's size is empty. */
 #define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
@@ -9064,10 +8940,8 @@ LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
    A mark for an id that has been overwritten does nothing. */
 
 #include <sched.h>
-
 /* ==== src/base/text_internal.h ==== */
 /* text_internal: a text that may be longer than its buffer: it is cut there, always ends in 0, and `used` counts what the whole takes, as snprintf does. */
-
 typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
 
 /* An empty one in the caller's text[capacity]; NULL with capacity 0 only counts. */
@@ -9076,7 +8950,6 @@ LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
 LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
 /* Appends a JSON string, in its quotes. */
 LLMPAR__PRIVATE void llmpar__text_put_json(llmpar__text *out, const char *string);
-
 /* ---- src/tables/record.c goes on ---- */
 typedef struct llmpar__record_entry {
     llmpar_call call;
@@ -9475,7 +9348,6 @@ LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t c
 /* ==== src/comm/threads_internal.h ==== */
 /* threads_internal: what the two files of the threads communicator share: threads.c (the collectives) stands on
    threads_wait.c (who waits for whom, and how a wait ends). */
-
 #define LLMPAR__THREADS_INLINE 2048u /* bytes a rank can send inside its slot */
 
 /* One rank's side of one call. */
@@ -9594,7 +9466,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, l
 LLMPAR__PRIVATE llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc);
 /* Lockstep: waits for the rank's first turn. Nothing otherwise. */
 LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank);
-
 /* ---- src/comm/threads_wait.c goes on ---- */
 #define LLMPAR__THREADS_YIELDS 4
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
@@ -10099,7 +9970,6 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
    that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the copies are the device's tree_sum_to, tree_sum, max and copy with stream NULL,
    which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
    streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
-
 #define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice of a maximum that are found and passed on at a time */
 #define LLMPAR__THREADS_GRAIN 256u /* bytes: slices begin at whole cache lines of aligned buffers */
 
@@ -10502,7 +10372,6 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 /* ==== src/comm/mpi_internal.h ==== */
 /* mpi_internal: what the files of the MPI communicator share: mpi_world.c (set-up, control messages, failing), mpi_wait.c (messages under way, and how ranks meet before data moves),
    mpi.c (the collectives). */
-
 #ifdef LLMPAR_USE_MPI
 
 #include <mpi.h>
@@ -10630,10 +10499,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, const l
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_status status);
 
 #endif /* LLMPAR_USE_MPI */
-
 /* ---- src/comm/mpi_world.c goes on ---- */
 #include <stdlib.h>
-
 #ifdef LLMPAR_USE_MPI
 
 #include <time.h>
@@ -11213,7 +11080,6 @@ LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
 
    Waiting looks a few times, then gives the processor away (there may be more ranks than processors), then sleeps for ever longer moments. It ends with an error when another rank fails, when a rank
    that has not come has returned from its function, and at the deadline. */
-
 #ifdef LLMPAR_USE_MPI
 
 #include <sched.h>
@@ -11583,7 +11449,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, con
 
    Reductions go on with the tree over the rank index by halves (tables/halving.h), a slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal
    length, then the parts go to everybody. */
-
 #ifdef LLMPAR_USE_MPI
 
 /* The argument of the host call. */
@@ -12011,14 +11876,11 @@ LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_
 }
 
 #endif /* LLMPAR_USE_MPI */
-
 /* ==== src/model/sample.c ==== */
 /* ==== src/model/session_internal.h ==== */
 /* session_internal: inference on gathered parameters, rows in, logits out; and how an id is chosen from logits. */
-
 /* ==== src/model/llama_internal.h ==== */
 /* llama_internal: the model's state and the shapes its unit files share. */
-
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* A list of unit instructions with the condition under which each exists. The middle of the model is a row of halves, attention and MLP by turns, and a unit holds some neighbours of them: a row that is for halves in a certain
@@ -12110,7 +11972,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_check_length(const llmpar_llama *mod
 LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, int64_t dim, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
 
 #endif /* LLMPAR_NO_LLAMA */
-
 /* ---- src/model/session_internal.h goes on ---- */
 #if !defined(LLMPAR_NO_LLAMA)
 
@@ -12172,7 +12033,6 @@ LLMPAR__PRIVATE int32_t llmpar__sample_greedy(const float *logits, int32_t vocab
 LLMPAR__PRIVATE int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order);
 
 #endif /* LLMPAR_NO_LLAMA */
-
 /* ---- src/model/sample.c goes on ---- */
 #if !defined(LLMPAR_NO_LLAMA)
 
@@ -12990,7 +12850,6 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
 #if defined(__OPTIMIZE__) && !defined(__clang__) && !defined(_FORTIFY_SOURCE)
 #pragma GCC optimize ("O0")
 #endif
-
 /* ==== src/base/status.c ==== */
 #include <stdarg.h>
 
@@ -13249,7 +13108,6 @@ LLMPAR__PRIVATE_DEF int llmpar__processors_stay_on(int32_t processor)
 }
 /* ==== src/tables/device.c ==== */
 /* device: the optional slots with their fallbacks. */
-
 LLMPAR_DEF llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream)
 {
     if (LLMPAR__HAS(device, stream_thread)) return device->stream_thread(device, stream);
@@ -13361,10 +13219,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llm
     args.out_dtype = to;
     return device->cast(device, stream, &args);
 }
-
 /* ==== src/tables/ctx.c ==== */
 /* ctx: failing with a text, and logging. */
-
 LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
 {
     llmpar_error *error = llmpar_device_thread_error(ctx->device, &ctx->error);
@@ -13462,7 +13318,6 @@ LLMPAR_DEF void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving)
    So a gradient lies where activations were, and a step that repeats takes memory from the device only the first time. Nothing depends on addresses but their order inside a stretch: the same requests always give the same usage, and a
    step that repeats gets the same addresses (which is what lets a device replay it: region_begin, tables/device.h). With a limit nothing is cut: a stretch goes back to the device only as a whole, and what is reserved could not keep to
    the limit. */
-
 #define LLMPAR__ARENA_BUCKETS 256u
 /* A request takes a part of a block that is at most so many times as large; with AddressSanitizer none, so that it sees where every block ends. */
 #define LLMPAR__ARENA_CUT 8
@@ -13761,7 +13616,6 @@ LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
 #undef LLMPAR__ARENA_CUT
 /* ==== src/tables/trace.c ==== */
 /* trace: events in blocks that never move, because a stream writes an event's times while the rank's thread goes on adding events. */
-
 #define LLMPAR__TRACE_BLOCK 256u
 #define LLMPAR__TRACE_TEXT 65536u /* bytes that are put together before they are handed on */
 #define LLMPAR__TRACE_LINE 2048u  /* the longest event */
@@ -14051,7 +13905,6 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
 #undef LLMPAR__TRACE_BLOCK
 #undef LLMPAR__TRACE_TEXT
 #undef LLMPAR__TRACE_LINE
-
 /* ==== src/cpu/kernels_f64.c ==== */
 /* kernels_f64: every kernel at f64, the level of finite differences. */
 
@@ -14067,7 +13920,6 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
 #undef LLMPAR__ATTENTION_ROWS
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
-
 /* ==== src/base/json.c ==== */
 /* A document is one allocation, sized by a count over the text before anything is parsed:
 
@@ -14659,7 +14511,6 @@ LLMPAR__PRIVATE_DEF void llmpar__text_put_json(llmpar__text *out, const char *st
     size_t room = out->used < out->capacity ? out->capacity - out->used : 0;
     out->used += llmpar_json_escape(string, strlen(string), room ? out->text + out->used : NULL, room);
 }
-
 /* ==== src/io/system.c ==== */
 #include <dirent.h>
 #include <sys/stat.h>
@@ -15695,7 +15546,6 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #undef LLMPAR__ST_BAD
 
 #endif /* LLMPAR_NO_IO */
-
 /* ==== src/sim/sim.c ==== */
 #if !defined(LLMPAR_NO_SIM)
 
@@ -15874,12 +15724,10 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
 }
 
 #endif /* LLMPAR_NO_SIM */
-
 /* ==== src/mesh/mesh.c ==== */
 /* mesh: world ranks on five named axes, and the communicators along them. */
 /* ==== src/mesh/mesh_internal.h ==== */
 /* mesh_internal: what the files of this room share. */
-
 /* The coordinate of a world rank. */
 LLMPAR__PRIVATE void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES]);
 /* "wq f32[8,6]" */
@@ -15902,7 +15750,6 @@ LLMPAR__PRIVATE int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_
 
 /* What this rank holds. */
 static inline void llmpar__mesh_local(const llmpar_mesh *mesh, const llmpar_dtensor *tensor, llmpar_local *out) { llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, out); }
-
 /* ---- src/mesh/mesh.c goes on ---- */
 #if defined(__linux__)
 #include <sys/prctl.h>
@@ -16052,7 +15899,6 @@ LLMPAR_DEF size_t llmpar_mesh_print(const llmpar_mesh *mesh, char *text, size_t 
 }
 /* ==== src/mesh/dtensor.c ==== */
 /* dtensor: the arithmetic of cutting. Placements are applied in their order: each SHARD shrinks the rectangle along one dim, a FLAT at the end takes a range of its row-major elements. */
-
 static int64_t llmpar__dtensor_grain(const llmpar_placement *p) { return p->grain ? p->grain : 1; }
 static int32_t llmpar__dtensor_replicas(const llmpar_placement *p) { return p->replicas ? p->replicas : 1; }
 
@@ -16254,7 +16100,6 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_common(const llmpar_local *a, const llm
 }
 /* ==== src/mesh/picture.c ==== */
 /* picture: who holds what of a tensor, as text and as SVG. All cuts of all ranks' boxes, along rows and along columns, make a grid whose cells are each held by one set of ranks. */
-
 #define LLMPAR__PICTURE_BANDS 128  /* rows or columns of a grid; more are not drawn */
 #define LLMPAR__PICTURE_LEGEND 64  /* ranks in an SVG's legend */
 
@@ -16603,7 +16448,6 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
    which is the bound or, where that rank has no contribution of its own, one element more; but a chain spreads the work). */
 /* ==== src/mesh/redistribute_internal.h ==== */
 /* redistribute_internal: what planning (redistribute_plan.c) and moving (redistribute.c) share: who sends what to whom. */
-
 /* The roles of the axes in a request. Ranks of an axis form groups of `group` neighbours that hold the same part; a rank takes what it needs from the rank that has its own place in each group:
 
      from: Shard(0) x 2 replicas on tp 4    tp 0 | tp 1 | tp 2 | tp 3      group 2: tp 3 takes the first part from tp 1, tp 2 from tp 0
@@ -16630,7 +16474,6 @@ LLMPAR__PRIVATE void llmpar__redistribute_local(const llmpar_dtensor *tensor, co
 LLMPAR__PRIVATE void llmpar__redistribute_normal(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_dtensor *out);
 /* Is the last placement an even cut of what this coordinate's axis held before it, part r at rank r? Then the larger part is [blocks][ranks][count]. */
 LLMPAR__PRIVATE int llmpar__redistribute_even(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], size_t *blocks, size_t *count);
-
 /* ---- src/mesh/redistribute_plan.c goes on ---- */
 static int llmpar__redistribute_partial(const llmpar_placement *p) { return p->kind == LLMPAR_PARTIAL_SUM || p->kind == LLMPAR_PARTIAL_MAX; }
 static int32_t llmpar__redistribute_replicas(const llmpar_placement *p) { return p->kind == LLMPAR_SHARD && p->replicas > 1 ? p->replicas : 1; }
@@ -17023,7 +16866,6 @@ LLMPAR_DEF size_t llmpar_redistribute_plan_print(const llmpar_redistribute_plan 
 /* redistribute: carrying out a plan, and undoing the cuts of a tensor for who wants it whole.
 
    Inside, a part is what a rank holds and nothing else: pointers to flat shards are moved to the tensor's range first. Between two steps it lies in scratch. */
-
 /* ---- boxes ---- */
 
 /* Moves a box between two parts. Dims that lie without a gap in both are merged, so that most boxes are one call. */
@@ -17519,7 +17361,6 @@ LLMPAR_DEF void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_me
         at += length;
     }
 }
-
 /* ==== src/tp/tp.c ==== */
 LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int32_t canon, int32_t kv_heads, int32_t sequence_parallel, llmpar_tp *out)
 {
@@ -17772,18 +17613,15 @@ LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *st
 }
 
 #undef LLMPAR__TP_SEGMENTS
-
 /* ==== src/fsdp/flat.c ==== */
 /* ==== src/fsdp/fsdp_internal.h ==== */
 /* fsdp_internal: the state that flat.c lays out, shard.c looks at and the executor's files run over. */
-
 /* ==== src/fsdp/store_internal.h ==== */
 /* store: where states stay between their uses: host memory beside the arena, or ranges of one file a rank.
 
      file:  | optimizer u0 | optimizer u1 | master u0 | .. | gradients, activations: laid out when a list first needs them |
 
    The file has no name from the moment it is open, so that nothing stays after an end of any kind; its whole size is reserved before it is used, so that a full disk is an error then and not in the middle of a step. */
-
 typedef struct llmpar__store llmpar__store;
 
 /* Room for one buffer. Zero-initialised: none. */
@@ -17809,7 +17647,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__store_fix(llmpar__store *store); /* the sa
 LLMPAR__PRIVATE llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label, int write);
 /* After a failed wait for the stream: makes the failure of a transfer the rank's error. The stream's thread does not touch that. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status);
-
 /* ---- src/fsdp/fsdp_internal.h goes on ---- */
 #define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
 #define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
@@ -17952,7 +17789,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t uni
 LLMPAR__PRIVATE llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in);
 /* Rooms in the store for what this list keeps there and has no room yet. */
 LLMPAR__PRIVATE llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count);
-
 /* ---- src/fsdp/flat.c goes on ---- */
 /* ---- layout ---- */
 
@@ -18879,7 +18715,6 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *tex
 /* ==== src/fsdp/schedule_order.c ==== */
 /* ==== src/fsdp/schedule_internal.h ==== */
 /* schedule_internal: what every instruction reads and writes, and which instructions are complete before it starts. The generator places waits with it, the validator proves them with it. */
-
 /* Things that instructions share. SHARD: the shard in the compute dtype, or the whole parameters where they are whole at rest; WHOLE: gathered parameters; MASTER, STATE: on the device; STORED_*: the copy in a store. */
 typedef enum llmpar__thing {
     LLMPAR__THING_LOSS, LLMPAR__THING_NORMS, LLMPAR__THING_SHARD, LLMPAR__THING_WHOLE, LLMPAR__THING_MASTER, LLMPAR__THING_STATE, LLMPAR__THING_STORED_PARAMS, LLMPAR__THING_STORED_STATE,
@@ -18918,7 +18753,6 @@ LLMPAR__PRIVATE void llmpar__order_end(llmpar__order *order, int32_t at);
 LLMPAR__PRIVATE void llmpar__policy_resolve(llmpar_policy *policy);
 /* Units and resolved policy are in range and do not exclude each other: LLMPAR_ERR_ARGUMENT with the reason. */
 LLMPAR__PRIVATE llmpar_status llmpar__policy_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error);
-
 /* ---- src/fsdp/schedule_order.c goes on ---- */
 /* Order between streams by vector clocks: an instruction starts after the one in front of it on its stream, after what it waits for, and after every SCALAR_REDUCE before it in the list (the host waits for those). */
 
@@ -21388,7 +21222,6 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
     if (!status && exec.found_inf && !run->found_inf) status = llmpar__exec_report(&exec);
     return status;
 }
-
 /* ==== src/optim/lr.c ==== */
 static const char *const llmpar__lr_names[LLMPAR_LR_COUNT] = {"cosine", "constant", "linear", "wsd", "wsd-sqrt", "one-cycle"};
 
@@ -21499,7 +21332,6 @@ LLMPAR_DEF llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int3
 /* ==== src/optim/optim.c ==== */
 /* ==== src/optim/optim_internal.h ==== */
 /* optim_internal: what optim.c and adalomo.c share. */
-
 struct llmpar__adalomo;
 
 struct llmpar_optim {
@@ -21519,7 +21351,6 @@ LLMPAR__PRIVATE int64_t llmpar__adalomo_bytes(const llmpar_optim *optim);
 LLMPAR__PRIVATE int llmpar__adalomo_factored(const llmpar_param *param); /* or has the whole second moment */
 LLMPAR__PRIVATE void llmpar__adalomo_factors(const llmpar_optim *optim, int32_t unit, int32_t segment, llmpar_optim_factors *out);
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
-
 /* ---- src/optim/optim.c goes on ---- */
 static const char *const llmpar__optim_names[LLMPAR_OPTIM_COUNT] = {"adamw", "sgd", "lomo", "adalomo"};
 
@@ -21729,7 +21560,6 @@ LLMPAR_DEF void llmpar_optim_get_factors(const llmpar_optim *optim, int32_t unit
 
    Bytes, beside nothing an element for matrices (s = 4, or 8 in f64): s (R + C) for each matrix this rank holds a part of, s for each of its elements of other parameters; and once, for the largest unit, 8 (R + C) of
    each of its matrices, s (R + C) of those it holds a part of, and 1160 a parameter. All OPTIMIZER. */
-
 /* A segment of this rank. */
 typedef struct llmpar__adalomo_part {
     int64_t begin, cols;          /* first element in the tp-local rectangle, and its columns */
@@ -22077,7 +21907,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_update(void *state, const llmp
     if (!status) status = llmpar__adalomo_pass(&c, 1);
     return status ? status : c.device->event_record(c.device, update->stream, a->done);
 }
-
 /* ==== src/text/data.c ==== */
 #if !defined(LLMPAR_NO_TEXT)
 
@@ -22174,7 +22003,6 @@ LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
 }
 
 #endif /* LLMPAR_NO_TEXT */
-
 /* ==== src/model/config.c ==== */
 #if !defined(LLMPAR_NO_LLAMA)
 
@@ -24362,11 +24190,9 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
 }
 
 #endif /* LLMPAR_NO_LLAMA */
-
 /* ==== src/model_io/hf_files.c ==== */
 /* ==== src/model_io/checkpoint_internal.h ==== */
 /* checkpoint_internal: what saving (checkpoint.c), the directory (checkpoint_directory.c), the manifest and loading share. */
-
 #if !defined(LLMPAR_NO_IO)
 
 #define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
@@ -24449,7 +24275,6 @@ LLMPAR__PRIVATE char *llmpar__hf_join(llmpar_heap *heap, const char *directory, 
 LLMPAR__PRIVATE llmpar_status llmpar__hf_put_text(llmpar_heap *heap, const llmpar_io *io, const char *directory, const char *name, const char *text, llmpar_error *error);
 
 #endif /* LLMPAR_NO_IO */
-
 /* ---- src/model_io/hf_files.c goes on ---- */
 #if !defined(LLMPAR_NO_IO)
 
@@ -25305,7 +25130,6 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 /* The directory of checkpoints, as one rank changes it. Power may fail anywhere: every line leaves what is complete complete.
 
      step-8.tmp/ + files (each synced)  ->  sync step-8.tmp  ->  rename to step-8  ->  sync DIR  ->  latest (written aside, synced, renamed, DIR synced)  ->  older ones: renamed to .tmp, then removed */
-
 #if !defined(LLMPAR_NO_IO)
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECKPOINT_PATH], llmpar_error *error, const char *format, ...)
@@ -25472,7 +25296,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, 
 #endif /* LLMPAR_NO_IO */
 /* ==== src/model_io/manifest.c ==== */
 /* The manifest of a checkpoint: written by rank 0, which works out every rank's part, and read with the suspicion that files deserve. Its last member is the XXH64 of the bytes before `,"xxh64"`. */
-
 #if !defined(LLMPAR_NO_IO)
 
 #define LLMPAR__MANIFEST_TAIL 30 /* ,\n"xxh64":"0123456789abcdef"}\n */
@@ -25895,7 +25718,6 @@ LLMPAR__PRIVATE_DEF void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__man
 
      rank 0   step-N.tmp made |                                              | manifest, sync, rename, sync, latest, pruning |
      all          agree       | [copy |] write, sync, checksum | agree, sums |                   agree                        |       */
-
 #if !defined(LLMPAR_NO_IO)
 
 #define LLMPAR__CHECKPOINT_STAGING ((size_t)512 << 10) /* stays in a cache between copy, checksum and write */
@@ -26298,7 +26120,6 @@ LLMPAR_DEF void llmpar_checkpoint_destroy(llmpar_checkpoint *c)
 
      ours, a range of a rectangle   |....====|====|==..|       the common boxes of our part and each of theirs are runs of rows in both;
      theirs, by file                |==A==|=B==|==C====|       one run where the cuts agree                                                    */
-
 #if !defined(LLMPAR_NO_IO)
 
 #define LLMPAR__LOAD_PIECE ((size_t)512 << 10)  /* of a part, at once in memory: stays in a cache */
@@ -26653,7 +26474,6 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
 #undef LLMPAR__LOAD_FILES
 
 #endif /* LLMPAR_NO_IO */
-
 /* ==== src/run/launch.c ==== */
 /* launch: rank threads, their contexts, and the root error.
 
@@ -26665,7 +26485,6 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
    the caller leaves first, with the error. */
 /* ==== src/run/launch_internal.h ==== */
 /* launch_internal: what the ways of making ranks share: launch.c (threads), launch_mpi.c and launch_environment.c (processes); launch_furnish.c gives each rank what its backend makes. */
-
 /* What a launch does not take, said in the caller's `error`. */
 #define LLMPAR__LAUNCH_NO(status, ...) llmpar_error_set(error, status, "launch: " __VA_ARGS__)
 
@@ -26699,12 +26518,10 @@ LLMPAR__PRIVATE void llmpar__launch_dump(const char *directory, const llmpar_ctx
 LLMPAR__PRIVATE int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error);
 /* Runs this process as the rank that its environment says. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_environment(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error);
-
 /* ---- src/run/launch.c goes on ---- */
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
-
 #define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
 #define LLMPAR__LAUNCH_MAX_RANKS 4096
 #define LLMPAR__LAUNCH_DEADLINE 600.0
@@ -27037,7 +26854,6 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
      device     the backend's, else host
      comm       the backend's; else host_comm where the device is host; else the transport's ranks once more, with collectives that compute on the device and run on its streams, which takes memory that the
                 host can touch */
-
 #define LLMPAR__LAUNCH_END(type, slot) (offsetof(type, slot) + sizeof(((type *)0)->slot))
 
 static const char *llmpar__launch_backend_name(const llmpar_backend *backend) { return backend->name ? backend->name : "without a name"; }
@@ -27224,7 +27040,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 /* launch_mpi: this process as one rank of an MPI job, on the caller's thread:
      MPI initialised, if nobody has -> world -> heap, CPU device, communicator -> lowest dispatch level, what the backend makes, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
    A rank that cannot even start takes part up to the first collective, so that the others hear why. */
-
 #ifdef LLMPAR_USE_MPI
 
 #include <mpi.h>
@@ -27380,7 +27195,6 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
 /* launch_environment: this process as one rank of a job that torchrun or a like launcher has started, on the caller's thread:
      RANK, WORLD_SIZE .. -> heap, CPU device -> the backend's device and communicator -> agreement -> fn -> failure told through the communicator -> all have ended, or one has failed -> all destroyed
    Nothing connects the processes but the backend's communicator, which meets at MASTER_ADDR:MASTER_PORT. And what the environment says to any process: which of its machine's ranks is it? */
-
 #define LLMPAR__LAUNCH_MEETING 264
 
 /* ---- what launchers put into the environment ---- */
@@ -27512,7 +27326,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
 /* ==== src/run/parallelize.c ==== */
 /* ==== src/run/trainer_internal.h ==== */
 /* trainer_internal: the trainer's state, made by parallelize.c, driven by trainer.c, reported by metrics.c. */
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 /* Which block units recompute: of those with index i % every == every - 1, the first `full` fully, then up to number `selective` selectively. */
@@ -27572,7 +27385,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__plan_needs(llmpar_mesh *mesh, llmpar_llama
 LLMPAR__PRIVATE llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks);
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
-
 /* ---- src/run/parallelize.c goes on ---- */
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
@@ -28151,7 +27963,6 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/trainer_checkpoint.c ==== */
 /* Checkpoints of a trainer: what a run has to agree on to go on, and which checkpoint it goes on from. */
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 static void llmpar__resume_info(const llmpar_trainer *t, llmpar_checkpoint_info *out)

@@ -87,7 +87,6 @@ LLMPAR_EXTERN_C_END
      - every thread of a warp takes part in a shuffle or a matrix product, all of a block in __syncthreads.
    No sum depends on block size, grid size or timing: the order of docs/exact.md, or integers. Where bits must be the CPU's too, products and sums are written with the
    __fmul_rn family: compilers contract a*b + c otherwise. */
-
 /* ==== src/cuda/intrinsics.h ==== */
 /* intrinsics: what kernels ask of a warp and of the machine, as functions: PTX here, the same functions by tests/emulated_cuda/warp.h on the CPU (LLMPAR_CUDA_EMULATED).
 
@@ -200,7 +199,6 @@ static __device__ __forceinline__ uint16_t llmpar__cu_f32_to_f16(float x)
     return (u & 0x7fffffffu) > 0x7f800000u ? (uint16_t)((u >> 16 & 0x8000u) | 0x7e00u | (u >> 13 & 0x3ffu)) : out;
 }
 #endif
-
 /* ---- src/cuda/cuda_internal.h goes on ---- */
 #include <cublasLt.h>
 #include <cuda_runtime.h>
@@ -376,7 +374,6 @@ static __device__ __forceinline__ int64_t llmpar__cuda_divide(int64_t a, int64_t
 
 /* The same cuts as base/size.h, on the device. */
 static __host__ __device__ __forceinline__ int64_t llmpar__cuda_piece_begin(int64_t i, int64_t grains, int64_t pieces) { return i * grains / pieces; }
-
 /* ---- src/cuda/probe.cu goes on ---- */
 #if defined(__USE_FAST_MATH__) || defined(__FAST_MATH__)
 #error "llmpar_cuda.h: --use_fast_math changes what is computed, and differently in every kernel: compile without it"
@@ -397,7 +394,6 @@ static __global__ void llmpar__cuda_probe(int *out)
 #endif
     *out = 1;
 }
-
 /* ==== src/cuda/norm.cu ==== */
 /* norm: RMSNorm (Zhang & Sennrich 2019), forward and backward.
 
@@ -417,10 +413,8 @@ static __global__ void llmpar__cuda_probe(int *out)
    A row that one thread group sums up has the shape that its length and dtype give, and nothing else: `lanes` threads (a power of two, at most LLMPAR__CUDA_ROW_THREADS) take 16 bytes
    of columns each, and again `lanes` x 16 bytes further on; each thread adds in column order; then a tree over the threads, halves folded onto each other.
    Where memory is not aligned, the same elements come one by one: the same bits. */
-
 /* ==== src/cuda/launch.h ==== */
 /* launch: how a kernel gets onto a stream. */
-
 /* Above 48 KiB a kernel has to be told. It is told the device's limit, not this launch's need: another rank's thread may be about to launch the same kernel with more. */
 static inline cudaError_t llmpar__cuda_raise(llmpar_device *device, const void *kernel, size_t shared)
 {
@@ -450,7 +444,6 @@ static void llmpar__cuda_launch(llmpar_device *device, llmpar_stream *stream, vo
     if (code == cudaSuccess) llmpar__cuda_launch_values<Parameters...>(llmpar__cuda_stream_of(device, stream)->handle, kernel, grid, block, shared, (Parameters)args...);
 }
 #endif
-
 /* ---- src/cuda/rows_internal.h goes on ---- */
 enum { LLMPAR__CUDA_ROW_THREADS = 256, LLMPAR__CUDA_ROW_WARPS = LLMPAR__CUDA_ROW_THREADS / 32 };
 
@@ -672,7 +665,6 @@ static __device__ __forceinline__ float llmpar__cuda_exp(float x)
     float y = x < -104.0f ? -104.0f : x, t = __fmul_rn(y, log2e), d = __fmaf_rn(y, rest, __fmaf_rn(y, log2e, -t)), e = llmpar__cu_exp2(t);
     return __fmaf_rn(__fmul_rn(e, ln2), d, e);
 }
-
 /* ---- src/cuda/norm.cu goes on ---- */
 /* Shared memory in front of everything else: two turns of partial sums for two rows each. */
 enum { LLMPAR__CUDA_NORM_PARTIAL = 2 * LLMPAR__CUDA_ROW_WARPS, LLMPAR__CUDA_NORM_HEAD = 128 };
@@ -1927,7 +1919,6 @@ static llmpar_status llmpar__cuda_copy_rows(llmpar_device *device, llmpar_stream
    in the workspace, one set of slots a block; the grid is no larger than the device runs at once, so that they stay in L2. Each thread writes and reads its own elements there, so no barrier is needed. Copies run ahead into the block's next tile, while this one is stored.
 
    The order of every sum is that of the chain and the tree alone. Tile sizes, stages, grid and the order of tiles show in no bit. */
-
 enum { LLMPAR__CUDA_GEMM_THREADS = 256, LLMPAR__CUDA_GEMM_RUNS = 64, LLMPAR__CUDA_GEMM_GROUP = 16 };
 
 /* Segments of equal k, one a piece, that lie one behind the other along k: the leaves of a batch, the pieces of a dim. One segment is a run of count 1. */
@@ -2070,7 +2061,6 @@ template <int Floats> static __device__ __forceinline__ void llmpar__cuda_gemm_f
         slot[i * LLMPAR__CUDA_GEMM_THREADS] = out;
     }
 }
-
 /* ---- src/cuda/gemm_half.cu goes on ---- */
 enum {
     LLMPAR__CUDA_GEMM_HALF_M = 128, LLMPAR__CUDA_GEMM_HALF_N = 256, LLMPAR__CUDA_GEMM_HALF_K = 32,
@@ -2966,7 +2956,6 @@ static llmpar_status llmpar__cuda_gemm_library(llmpar_device *device, llmpar_str
     }
     return llmpar__cuda_end(device, stream, "gemm");
 }
-
 /* ==== src/cuda/attention_internal.h ==== */
 /* attention_internal: what the attention files share: the arguments as kernels take them, documents, tiles of 16-bit elements in shared memory as mma.sync reads them, and one step of the running softmax.
 
@@ -2974,7 +2963,6 @@ static llmpar_status llmpar__cuda_gemm_library(llmpar_device *device, llmpar_str
 
    Order. Along the keys (or, in dk and dv, the queries) everything goes in steps of 16 or in tiles of 64 that are counted from the document's start. Along the rows that a block owns nothing is
    summed, so those blocks lie anywhere, may hold rows of several documents and go through these one after the other; what a row may not see has weight +0, which leaves its sums as they are. */
-
 #define LLMPAR__CUDA_ATTENTION_LOG2E 1.4426950408889634f
 #define LLMPAR__CUDA_ATTENTION_LN2 0.6931471805599453f
 #define LLMPAR__CUDA_ATTENTION_THREADS 128 /* of a block on mma.sync: four warps */
@@ -3153,7 +3141,6 @@ template <typename Type> static __device__ __forceinline__ void llmpar__cuda_att
     if (pair) *(uint32_t *)(void *)out = (uint32_t)two[0].bits | (uint32_t)two[1].bits << 16;
     else { out[0] = two[0]; out[1] = two[1]; }
 }
-
 /* ==== src/cuda/attention.cu ==== */
 /* attention: causal softmax attention with grouped queries and packed documents, forward (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"), on mma.sync: bf16 and f16, head_dim 64 and 128.
 
@@ -4763,7 +4750,6 @@ static llmpar_status llmpar__cuda_cast(llmpar_device *device, llmpar_stream *str
 /* tree_internal: the balanced tree over operands in memory, in a thread's registers: for tree_sum and for the communicator of ranks that share a GPU.
 
    The tree is walked as a binary counter: after operand j as many subtrees are closed as j has trailing ones; subtrees wait in registers, one a level. */
-
 enum { LLMPAR__CUDA_TREE_LEVELS = 9 }; /* less than 2^9 operands */
 
 template <typename T, int Count> struct __align__(sizeof(T) * Count) llmpar__cuda_tree_group { T x[Count]; };
@@ -4808,7 +4794,6 @@ template <typename Group, typename Operands> static __device__ __forceinline__ G
     }
     return sum;
 }
-
 /* ---- src/cuda/tree_sum.cu goes on ---- */
 #define LLMPAR__CUDA_TREE_MOST 448 /* operands of a call: their addresses are a kernel's arguments, of which there are 4 KiB */
 
@@ -5080,7 +5065,6 @@ static llmpar_status llmpar__cuda_largest(llmpar_device *device, llmpar_stream *
      F = f << (e - base), 0 <= e - base < 32:   F = high 2^28 + low (27 and 28 bits),   F^2 = low^2 + 2^29 low high + 2^56 high^2
    Each product is less than 2^56 and is added to a 64-bit register of its own, one multiply-add each; 256 of them fit. Then the warp adds its registers up and puts them into the limbs. A warp takes 256
    numbers at a time. One above the range moves it (a tensor's largest is soon found); those below it, zeros left out, are rare and are added in further rounds with lower ranges. */
-
 #define LLMPAR__CUDA_WARP 0xffffffffu
 enum { LLMPAR__CUDA_EXACT_INFINITY = 69, LLMPAR__CUDA_EXACT_NEGATIVE_INFINITY = 70, LLMPAR__CUDA_EXACT_NAN = 71, LLMPAR__CUDA_EXACT_NUMBER = 67 };
 enum { LLMPAR__CUDA_EXACT_LANE = 8, LLMPAR__CUDA_EXACT_BATCH = 256 }; /* numbers that a lane and a warp take at a time */
@@ -5254,7 +5238,6 @@ static void llmpar__cuda_exact_carry(llmpar_device *device, llmpar_stream *strea
 {
     llmpar__cuda_launch(device, stream, llmpar__cuda_exact_carry_kernel, dim3(1), dim3(32), LLMPAR__CUDA_EXACT_BYTES, accumulator);
 }
-
 /* ---- src/cuda/squares.cu goes on ---- */
 /* aligned: x is, to 16 bytes. Which lane takes which element does not show. */
 __global__ void __launch_bounds__(256, 4) llmpar__cuda_square_sum_kernel(const uint32_t *x, int64_t count, int64_t *accumulator, int aligned)

@@ -86,7 +86,6 @@ LLMPAR_EXTERN_C_END
 #ifdef __cplusplus
 #pragma GCC diagnostic ignored "-Wold-style-cast"
 #endif
-
 /* ==== src/nccl/socket.c ==== */
 /* socket: TCP between the ranks of a world: addresses, connections that time out, and transfers that never raise a signal. */
 /* ==== src/nccl/nccl_internal.h ==== */
@@ -353,7 +352,6 @@ LLMPAR__PRIVATE void llmpar__nccl_memory_end(llmpar_device *device);
 /* collectives.c */
 LLMPAR__PRIVATE size_t llmpar__nccl_part_bytes(size_t slice, int32_t ranks); /* of each of the three parts of scratch */
 LLMPAR__PRIVATE llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op); /* for llmpar_comm_fill */
-
 /* ---- src/nccl/socket.c goes on ---- */
 #include <errno.h>
 #include <fcntl.h>
@@ -1264,7 +1262,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_meet(llmpar__nccl_world *world, l
 
    Rank 0's own messages take the same way without a connection. Everything here runs under world->lock, on the helper's thread or on one that has something to say. What comes from the network is checked before
    it is used: a message has the size of its kind, numbers are in range, texts end. A connection that talks nonsense is cut, and its rank counts as dead. */
-
 #define LLMPAR__NCCL_BEATS 0.5      /* seconds between two signs of life */
 #define LLMPAR__NCCL_ATTENTION 0.25 /* of silence that one look counts, at most: who was stopped itself does not blame the others */
 
@@ -1548,7 +1545,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_look(llmpar__nccl_world *world)
    Slots are limited: a rank that is ahead of the others by that many calls is not read until they have followed. A few are each rank's own: so what others have filled stops nobody that they may be waiting for.
 
    Failures. The first one that rank 0 hears of is the job's. It goes to all, they answer where they are, and when all have, or after a second, everybody gets the whole picture. */
-
 #define LLMPAR__NCCL_SLOTS 4096 /* for all ranks .. */
 #define LLMPAR__NCCL_OWN 8      /* .. beside these of each */
 #define LLMPAR__NCCL_GONE 1.0 /* seconds after which the call of a rank that has returned would have come */
@@ -2205,7 +2201,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_watch_end(llmpar__nccl_world *world)
 
    While a world lives, device->alloc and free are the functions below; blocks of 1 MiB and more come from NCCL (which gives whole pages of 2 MiB), smaller ones from the device. Every block of NCCL's is on a list, so
    that free knows whose it is, and blocks may be older than the world or outlive it. When the last world is gone and the last such block is back, the table is as it was. */
-
 #define LLMPAR__NCCL_SMALL ((size_t)1 << 20)
 #define LLMPAR__NCCL_TOKEN 256
 
@@ -2315,7 +2310,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_memory_end(llmpar_device *device)
    Calls of many blocks are packed rank by rank in scratch, so that NCCL sees a few large messages. All collectives of a rank are chained by an event (nccl.h), so there is one scratch.
 
    Scratch:   | a: what reductions have (1 part) | b: .. and receive (1 part) | c: packed blocks (1 part) |      a part: one slice, and a little */
-
 #define LLMPAR__NCCL_GROUPED 8                 /* so many blocks go one by one, in a group */
 #define LLMPAR__NCCL_DIRECT ((size_t)256 << 10) /* bytes that a rank may get from all others for a reduction in one exchange */
 #define LLMPAR__NCCL_GRAIN ((size_t)256)
@@ -2753,7 +2747,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar
      destroy  waits for the last collective -> ncclCommFinalize, ncclCommDestroy (beside this thread: it waits for the peers'); with the last communicator: farewell, helper, connections
 
    All communicators are non-blocking, so that a thread never stays in NCCL while the job fails elsewhere. */
-
 #define LLMPAR__NCCL_FAREWELL 3.0 /* seconds for which goodbyes are exchanged, and after a failure rank 0 waits for the others */
 
 static llmpar_status llmpar__nccl_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);

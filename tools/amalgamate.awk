@@ -7,7 +7,7 @@
 # line after line go together, and one alone of at most 100 lines is copied to each use, the first time with the lines that are
 # comments alone, because compilers read the whole header at every inclusion (60 ms each). Own includes are written from src/ and so contain a slash: "llmpar.h" passes through.
 # <system.h> stays the first time that no condition stands around it, and always inside of one; the guards of headers go, and an
-# empty line that has nothing left above it. lines=1 adds #line directives, so that compilers, gdb and coverage name the file under src/.
+# empty line that has nothing left above or below it. lines=1 adds #line directives, so that compilers, gdb and coverage name the file under src/.
 
 BEGIN {
     if (ARGC != 2 || src == "") die("usage: awk -v src=src -f tools/amalgamate.awk SPINE")
@@ -59,7 +59,8 @@ function inline_file(path, depth, again,    line, number, name, status, pending,
             mark(path, number)
         }
         if (name == "") {
-            if (line != "" || !empty || lines) print line
+            if (line == "" && !lines) blank = !empty
+            else put(line)
             empty = line == ""
             continue
         }
@@ -96,14 +97,22 @@ function use_templates(names,    name) {
     if (!(names in seen)) {
         seen[names] = ++groups
         group[groups] = names
-        print "#define LLMPAR__TEMPLATE " groups " /*" names " */"
-    } else print "#define LLMPAR__TEMPLATE " seen[names]
+        put("#define LLMPAR__TEMPLATE " groups " /*" names " */")
+    } else put("#define LLMPAR__TEMPLATE " seen[names])
     print "#include LLMPAR_HEADER"
     empty = 0
 }
 
-function fence(text) {
-    print text
+# A line, below an empty one if there was one before it.
+function put(line) {
+    if (blank) print ""
+    print line
+    blank = 0
+}
+
+function fence(name) {
+    print name
+    blank = 0
     empty = 1
 }
 
