@@ -210,13 +210,14 @@ LLMPAR_EXTERN_C_BEGIN
     X(ERR_SCHEDULE, 13, "invalid schedule") \
     X(ERR_NONFINITE, 14, "non-finite value") \
     X(ERR_ABI, 15, "table with another abi") \
-    X(ERR_INTERNAL, 16, "internal error")
+    X(ERR_INTERNAL, 16, "internal error") \
+    X(END, 17, "the end of one text")
 
 typedef enum llmpar_status {
 #define LLMPAR__STATUS_ENUM(name, value, text) LLMPAR_##name = value,
     LLMPAR_STATUS_LIST(LLMPAR__STATUS_ENUM)
 #undef LLMPAR__STATUS_ENUM
-    LLMPAR_STATUS_COUNT = 17
+    LLMPAR_STATUS_COUNT = 18
 } llmpar_status;
 
 /* An error and its place. Owned by the caller; plain data, may be copied. */
@@ -1960,11 +1961,14 @@ typedef struct llmpar_generate_desc {
     int32_t prompt_count;
     int32_t tokens;           /* ids to generate at most; default 128 */
     double temperature;       /* 0: greedy (the first of equal maxima) */
-    double top_p;             /* 0 or 1: off; else nucleus sampling (Holtzman et al. 2020) */
+    int32_t top_k;            /* 0: off; else one of the k likeliest ids (Fan et al. 2018) */
+    double top_p;             /* 0 or 1: off; else nucleus sampling (Holtzman et al. 2020), of those k */
     uint64_t seed;            /* of sampling */
     int32_t stop_at_eos;      /* 1: ends after one of the config's eos ids */
-    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, on every rank, which all return the same; may be NULL */
-    void (*on_end)(void *user); /* behind the last one, where nothing failed; may be NULL */
+    /* Any of these may be NULL. On every rank, which all do and return the same; LLMPAR_END ends this text, without a failure, anything else but LLMPAR_OK all texts. */
+    llmpar_status (*on_logits)(void *user, float *logits, int32_t vocab); /* before an id is chosen; may change them (a grammar, penalties), to -inf too: never that id */
+    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, which is already counted, in ids */
+    void (*on_end)(void *user); /* behind the last one, where nothing failed */
     void *user;
 } llmpar_generate_desc;
 
@@ -1984,10 +1988,10 @@ typedef struct llmpar_generator llmpar_generator;
    with the same descs on every rank. */
 LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generator_desc *desc, llmpar_generator **out);
 /* Generates texts[count], begun in their order, each as soon as another one's end has made room: ids[i] has room for texts[i].tokens ids, counts[i] is how many there are. They are those that llmpar_llama_generate gives for each, bit for
-   bit, whatever else is or was generated (on a GPU in its exact mode: a library's products depend on how many rows there are). What on_token returns, if not LLMPAR_OK, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
+   bit, whatever else is or was generated (on a GPU in its exact mode: a library's products depend on how many rows there are). What on_token or on_logits returns, if neither LLMPAR_OK nor LLMPAR_END, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
 LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *texts, int32_t count, int32_t *const *ids, int32_t *counts);
 /* The same by hand, for texts that come while others run: begin computes a prompt, which is not needed afterwards, and its first id; a step adds an id to each running text, whose ids, count and user are used until it ends. *running: how many
-   texts then go on; as many as the generator generates at once: no other may begin, LLMPAR_ERR_ARGUMENT. Failures and on_token end all texts, as in run; run ends when those have ended that were begun by hand, too. */
+   texts then go on; as many as the generator generates at once: no other may begin, LLMPAR_ERR_ARGUMENT. Failures and callbacks end texts as in run; run ends when those have ended that were begun by hand, too. */
 LLMPAR_API llmpar_status llmpar_generator_begin(llmpar_generator *generator, const llmpar_generate_desc *text, int32_t *ids, int32_t *count, int32_t *running);
 LLMPAR_API llmpar_status llmpar_generator_step(llmpar_generator *generator, int32_t *running);
 /* Returns the first failure to lay the weights as they lay. NULL: nothing happens. */
@@ -12027,18 +12031,19 @@ LLMPAR__PRIVATE llmpar_status llmpar__session_ids(const llmpar_llama *model, con
 LLMPAR__PRIVATE llmpar_status llmpar__session_forward(llmpar__session *g, int32_t spans);
 
 /* sample.c */
-/* The largest of finite logits, the first of equals; -1: not all are finite. As integers of the same order, so that compilers vectorise it. */
-LLMPAR__PRIVATE int32_t llmpar__sample_greedy(const float *logits, int32_t vocab);
-/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
-LLMPAR__PRIVATE int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order);
+/* The largest of finite logits, the first of equals; -1: not all are finite. masked: some, not all, may be -inf. As integers of the same order, so that compilers vectorise it. */
+LLMPAR__PRIVATE int32_t llmpar__sample_greedy(const float *logits, int32_t vocab, int masked);
+/* As temperature, top_k and top_p of desc say: logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
+LLMPAR__PRIVATE int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, const llmpar_generate_desc *desc, double uniform, int32_t *order);
 
 #endif /* LLMPAR_NO_LLAMA */
 /* ---- src/model/sample.c goes on ---- */
 #if !defined(LLMPAR_NO_LLAMA)
 
-LLMPAR__PRIVATE_DEF int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
+LLMPAR__PRIVATE_DEF int32_t llmpar__sample_greedy(const float *logits, int32_t vocab, int masked)
 {
     enum { BLOCK = 256 };
+    const int32_t never = masked ? INT32_MIN + 0x7f800000 : 0; /* the bits of -inf, or of a number */
     int32_t best = INT32_MIN, at = 0, end, infinite = 0;
     for (int32_t first = 0; first < vocab; first = end) {
         int32_t most = INT32_MIN;
@@ -12047,7 +12052,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__sample_greedy(const float *logits, int32_t v
             float value = logits[i] + 0.0f; /* -0 equals 0 */
             int32_t bits;
             memcpy(&bits, &value, sizeof bits);
-            infinite |= (bits & 0x7f800000) == 0x7f800000;
+            infinite |= ((bits & 0x7f800000) == 0x7f800000) & (bits != never);
             if (bits < 0) bits ^= 0x7fffffff;
             most = bits > most ? bits : most;
         }
@@ -12058,7 +12063,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__sample_greedy(const float *logits, int32_t v
     }
     for (int32_t i = at + 1; i < vocab && i < at + BLOCK; i++)
         if (logits[i] > logits[at]) at = i;
-    return infinite ? -1 : at;
+    return infinite || !llmpar_isfinite_f64((double)logits[at]) ? -1 : at;
 }
 
 /* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
@@ -12076,32 +12081,42 @@ static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const 
     }
 }
 
-LLMPAR__PRIVATE_DEF int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order)
+/* The likeliest of the heap goes behind it, where those popped before are; its probability. */
+static double llmpar__sample_pop(int32_t *heap, int32_t *count, const float *p)
+{
+    int32_t top = heap[0];
+    heap[0] = heap[--*count];
+    heap[*count] = top;
+    llmpar__sample_sift(heap, *count, 0, p);
+    return (double)p[top];
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, const llmpar_generate_desc *desc, double uniform, int32_t *order)
 {
     float max = logits[largest];
-    double sum = 0, mass = 0, target;
+    double sum = 0, mass = 0, target, top_p = desc->top_p > 0 ? desc->top_p : 1;
+    int32_t most = desc->top_k && desc->top_k < vocab ? desc->top_k : vocab, count = vocab, kept = 0;
     for (int32_t i = 0; i < vocab; i++) {
-        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
+        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / desc->temperature);
         sum += (double)logits[i];
         order[i] = i;
     }
-    if (!(top_p > 0 && top_p < 1)) {
+    if (top_p >= 1 && most == vocab) {
         target = uniform * sum;
         for (int32_t i = 0; i < vocab; i++) {
             mass += (double)logits[i];
             if (mass > target) return i;
         }
-        return vocab - 1;
+        return largest;
     }
-    int32_t count = vocab, kept = 0;
     for (int32_t i = vocab / 2; i-- > 0;) llmpar__sample_sift(order, count, i, logits);
-    while (count > 0 && mass < top_p * sum) { /* the popped ones gather behind the shrinking heap */
-        int32_t top = order[0];
-        mass += (double)logits[top];
-        order[0] = order[--count];
-        order[count] = top;
-        kept++;
-        llmpar__sample_sift(order, count, 0, logits);
+    if (most < vocab) {
+        while (vocab - count < most) mass += llmpar__sample_pop(order, &count, logits);
+        sum = mass;
+    }
+    for (mass = 0; kept < most && mass < top_p * sum; kept++) {
+        if (kept == vocab - count) llmpar__sample_pop(order, &count, logits);
+        mass += (double)logits[order[vocab - 1 - kept]];
     }
     target = uniform * mass;
     mass = 0;
@@ -12109,7 +12124,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__sample_nucleus(float *logits, int32_t vocab,
         mass += (double)logits[order[vocab - 1 - i]];
         if (mass > target) return order[vocab - 1 - i];
     }
-    return order[vocab - kept];
+    return largest;
 }
 
 #endif /* LLMPAR_NO_LLAMA */
@@ -12616,6 +12631,7 @@ static llmpar_status llmpar__generate_check(const llmpar_llama *model, const llm
         if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: prompt of %d ids, expected at least 1", what, (int)desc->prompt_count);
         if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: tokens = %d, expected at least 1", what, (int)tokens);
         if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: temperature = %g, expected 0 or more", what, desc->temperature);
+        if (desc->top_k < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: top_k = %d, expected 0 or more", what, (int)desc->top_k);
         if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: top_p = %g, expected 0 .. 1", what, desc->top_p);
         if ((int64_t)desc->prompt_count + tokens - 1 > positions)
             return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: prompt of %d ids and %d tokens, expected room for all but the last in %lld positions", what, (int)desc->prompt_count, (int)tokens, (long long)positions);
@@ -12654,20 +12670,29 @@ static llmpar_status llmpar__generator_next(llmpar_generator *g, int64_t slot, i
     const llmpar_llama_config *c = &s->model->config;
     const llmpar_generate_desc *desc = &t->desc;
     float *logits = s->host + row * c->vocab;
-    int32_t id = llmpar__sample_greedy(logits, c->vocab);
+    int32_t id = llmpar__sample_greedy(logits, c->vocab, 0);
     if (id < 0) return llmpar_fail(s->model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)t->known - 1);
-    if (desc->temperature != 0) id = llmpar__sample_nucleus(logits, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&t->rng, (uint64_t)*t->count), g->order);
-    t->ids[(*t->count)++] = id;
-    llmpar_status status = desc->on_token ? desc->on_token(desc->user, id) : LLMPAR_OK;
-    g->stopped = status != LLMPAR_OK;
+    llmpar_status status = LLMPAR_OK;
+    if (desc->on_logits) {
+        status = desc->on_logits(desc->user, logits, c->vocab);
+        id = llmpar__sample_greedy(logits, c->vocab, 1);
+        if (!status && id < 0) return llmpar_fail(s->model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits of on_logits at position %lld, expected finite ones or -inf, and not -inf alone", (long long)t->known - 1);
+    }
+    if (!status) {
+        if (desc->temperature != 0) id = llmpar__sample_nucleus(logits, c->vocab, id, desc, llmpar_rng_uniform(&t->rng, (uint64_t)*t->count), g->order);
+        t->ids[(*t->count)++] = id;
+        if (desc->on_token) status = desc->on_token(desc->user, id);
+    }
+    g->stopped = status && status != LLMPAR_END;
     if (!status && *t->count < llmpar__generate_tokens(desc) && !(desc->stop_at_eos && llmpar__sample_is_eos(c, id))) {
         s->host_ids[slot * s->capacity + t->known] = id;
         return LLMPAR_OK;
     }
     t->running = 0;
     g->running--;
-    if (!status && desc->on_end) desc->on_end(desc->user);
-    return status;
+    if (g->stopped) return status;
+    if (desc->on_end) desc->on_end(desc->user);
+    return LLMPAR_OK;
 }
 
 /* Before anything is asked of the session. */

@@ -238,10 +238,15 @@ generate 2 '--temperature "-1": expected a number 0 ..' --prompt-ids 1 --tempera
 generate 2 '--temperature "nan": expected a number 0 ..' --prompt-ids 1 --temperature nan
 generate 2 '--top-p "0": expected a number' --prompt-ids 1 --top-p 0
 generate 2 '--top-p "1.1": expected a number' --prompt-ids 1 --top-p 1.1
+generate 2 '--top-k "-1": expected a whole number 0 ..' --prompt-ids 1 --top-k -1
+generate 2 '--repeat-penalty "0": expected a number' --prompt-ids 1 --repeat-penalty 0
+generate 2 '--stop-ids "1,x": expected numbers 0 or more, separated by commas' --prompt-ids 1 --stop-ids 1,x
+generate 2 '--stop is empty, expected at least one token' --prompt-ids 1 --stop ''
+generate 1 '--stop-ids "1,256": token id 256, expected 0 .. 255' --prompt-ids 1 --stop-ids 1,256
 generate 2 '--seed "x": expected a whole number 0 ..' --prompt-ids 1 --seed x
 generate 2 'expected exactly one of --prompt and --prompt-ids'
 generate 2 'expected exactly one of --prompt and --prompt-ids' --prompt a --prompt-ids 1
-generate 2 'the prompt is empty' --prompt ''
+generate 2 '--prompt is empty' --prompt ''
 generate 2 '--prompt-ids "": expected numbers' --prompt-ids ''
 generate 2 '--prompt-ids "1,": expected numbers' --prompt-ids 1,
 generate 2 '--prompt-ids "1,,2": expected numbers' --prompt-ids 1,,2
@@ -676,6 +681,7 @@ parity 'is no parameter with a gradient in b' --reference "$files/dump" --b free
 if [ -n "$LLMPAR_TEST_DATA" ]; then
     stories=$LLMPAR_TEST_DATA/stories260K/hf
     generate 1 '--prompt needs a model over bytes (vocabulary 256)' --model "$stories" --prompt 'Once upon a time'
+    generate 1 '--stop needs a model over bytes (vocabulary 256)' --model "$stories" --prompt-ids 1 --stop 'the end'
     generate 1 'token id 512 at position 0, expected 0 .. 511' --model "$stories" --prompt-ids 512 --tp 2
     generate 1 'num_attention_heads = 8 is not divisible by tp = 3' --model "$stories" --prompt-ids 1 --tp 3
 fi

@@ -13,7 +13,8 @@ static int32_t roll(dice *d, int32_t n) { return (int32_t)(llmpar_rng_uniform(&d
 typedef struct text {
     llmpar_generate_desc desc;  /* its prompt is the one below, or NULL */
     int32_t prompt[LONGEST + 2 * ROOM], ids[ROOM], count;
-    int32_t stop;               /* the caller ends it at this id of the reply, from 1; 0: never */
+    int32_t stop;               /* the caller ends all texts at this id of the reply, from 1; 0: never */
+    int32_t leave;              /* the caller ends it alone there */
     int bad;                    /* no such text: LLMPAR_ERR_ARGUMENT */
 } text;
 typedef struct talk {
@@ -24,7 +25,7 @@ typedef struct talk {
     llmpar_generator_desc generator;
     text texts[PHASES][TEXTS];
     llmpar_step steps[PHASES];
-    int32_t positions, freeze, turns[PHASES][TURNS] /* texts at once */, interleaved, stopped, refused; /* texts of these kinds */
+    int32_t positions, freeze, turns[PHASES][TURNS] /* texts at once */, interleaved, stopped, left, refused; /* texts of these kinds */
 } talk;
 
 static llmpar_status talk_sequence(void *user, int64_t index, int32_t *tokens)
@@ -54,16 +55,17 @@ static void write_text(const talk *t, dice *d, const text *earlier, int32_t earl
         else x->desc.tokens = tokens = limit + 1 - count < ROOM ? limit + 1 - count : ROOM;
     }
     x->desc.prompt = x->prompt, x->desc.prompt_count = count;
-    x->desc.temperature = (double)PICK(d, 0, 0, 7, 10, 30) / 10, x->desc.top_p = (double)PICK(d, 0, 3, 9, 10) / 10;
+    x->desc.temperature = (double)PICK(d, 0, 0, 7, 10, 30) / 10, x->desc.top_p = (double)PICK(d, 0, 3, 9, 10) / 10, x->desc.top_k = PICK(d, 0, 0, 1, 5, 40, 1000);
     x->desc.seed = (uint64_t)roll(d, 3), x->desc.stop_at_eos = roll(d, 2);
     x->bad = !roll(d, 14);
-    if (x->bad) switch (roll(d, 8)) {
+    if (x->bad) switch (roll(d, 9)) {
     case 0: x->prompt[roll(d, count)] = PICK(d, -1, t->config.vocab, INT32_MAX, INT32_MIN); break;
     case 1: x->desc.prompt_count = PICK(d, 0, -1, INT32_MAX); break;
     case 2: x->desc.prompt = NULL; break;
     case 3: x->desc.tokens = PICK(d, -1, INT32_MIN, INT32_MAX); break;
     case 4: x->desc.temperature = roll(d, 2) ? -1 : (double)NAN; break;
     case 5: x->desc.top_p = roll(d, 2) ? 1.5 : (double)NAN; break;
+    case 6: x->desc.top_k = PICK(d, -1, INT32_MIN); break;
     default: for (x->desc.tokens = roll(d, ROOM) + 1; count + x->desc.tokens <= limit + 1; x->desc.prompt_count = ++count) x->prompt[count] = 0;
     }
 }
@@ -86,18 +88,23 @@ static llmpar_status said(session *s, void *user)
                 llmpar_error_clear(&s->ctx->error);
                 t->refused += x->bad;
                 t->stopped += (x->stop = x->bad || roll(&d, 10) ? 0 : 1 + roll(&d, x->count)) > 0;
+                t->left += (x->leave = x->bad || roll(&d, 5) ? 0 : 1 + roll(&d, x->count)) > 0;
             }
         status = llmpar_trainer_step(s->trainer, &t->steps[p]);
     }
     return status;
 }
 
+/* Ids that it has where the caller does not end all texts. */
+static int32_t whole(const text *x) { return x->leave ? x->leave : x->count; }
+
 typedef struct ear { const text *x; int32_t heard; } ear;
 static llmpar_status hear(void *user, int32_t id)
 {
     ear *e = (ear *)user;
     if (e->heard >= e->x->count || e->x->ids[e->heard] != id) TEST_FAIL("id %d of a reply is %d, alone %d", (int)e->heard, (int)id, e->heard < e->x->count ? (int)e->x->ids[e->heard] : -1);
-    return ++e->heard == e->x->stop ? LLMPAR_ERR_IO : LLMPAR_OK;
+    e->heard++;
+    return e->heard == e->x->stop ? LLMPAR_ERR_IO : e->heard == e->x->leave ? LLMPAR_END : LLMPAR_OK;
 }
 
 /* .. and what a generator says to it. */
@@ -118,14 +125,14 @@ static void speak(session *s, llmpar_generator *g, const talk *t, const text *te
         ids[i] = (int32_t *)take(tokens > 0 && tokens <= ROOM ? (size_t)tokens : 1, sizeof **ids); /* exactly, for the address sanitizer */
         counts[i] = -1;
         if (x->bad || (int64_t)desc[i].prompt_count + tokens - 1 > longest) want = LLMPAR_ERR_ARGUMENT; /* before anything is done */
-        else if (x->stop && !want) want = LLMPAR_ERR_IO;
+        else if (x->stop && x->stop <= whole(x) && !want) want = LLMPAR_ERR_IO;
     }
     llmpar_status got = llmpar_generator_run(g, desc, n, ids, counts);
     if (got != want) TEST_FAIL("%s: rank %d: %s, expected %s (%s)", name, s->ctx->rank, llmpar_status_string(got), llmpar_status_string(want), llmpar_last_error(s->ctx));
     llmpar_error_clear(&s->ctx->error);
     for (int32_t i = 0; i < n; i++) {
         const text *x = &texts[i];
-        int right = got == LLMPAR_ERR_IO ? counts[i] <= x->count : counts[i] == (got ? 0 : x->count);
+        int right = got == LLMPAR_ERR_IO ? counts[i] <= whole(x) : counts[i] == (got ? 0 : whole(x));
         if (counts[i] != ears[i].heard || !right) TEST_FAIL("%s: rank %d, text %d: %d ids and %d heard, alone %d", name, s->ctx->rank, (int)i, (int)counts[i], (int)ears[i].heard, (int)x->count);
         else if (memcmp(ids[i], x->ids, (size_t)counts[i] * sizeof **ids)) TEST_FAIL("%s: rank %d, text %d: other ids than alone", name, s->ctx->rank, (int)i);
         free(ids[i]);
@@ -232,12 +239,12 @@ static void converse(talk *t, uint64_t seed, const llmpar_backend *backend)
 static void converse_all(uint64_t seed, int rounds, const llmpar_backend *backend)
 {
     talk *t = (talk *)take(1, sizeof *t);
-    int32_t interleaved = 0, stopped = 0, refused = 0;
+    int32_t interleaved = 0, stopped = 0, left = 0, refused = 0;
     for (uint64_t end = seed + (uint64_t)rounds; seed < end; seed++) {
         converse(t, seed, backend);
-        interleaved += t->interleaved, stopped += t->stopped, refused += t->refused;
+        interleaved += t->interleaved, stopped += t->stopped, left += t->left, refused += t->refused;
     }
-    CHECK(interleaved && stopped && refused);
+    CHECK(interleaved && stopped && left && refused);
     free(t);
 }
 

@@ -22,13 +22,14 @@
     X(ERR_SCHEDULE, 13, "invalid schedule") \
     X(ERR_NONFINITE, 14, "non-finite value") \
     X(ERR_ABI, 15, "table with another abi") \
-    X(ERR_INTERNAL, 16, "internal error")
+    X(ERR_INTERNAL, 16, "internal error") \
+    X(END, 17, "the end of one text")
 
 typedef enum llmpar_status {
 #define LLMPAR__STATUS_ENUM(name, value, text) LLMPAR_##name = value,
     LLMPAR_STATUS_LIST(LLMPAR__STATUS_ENUM)
 #undef LLMPAR__STATUS_ENUM
-    LLMPAR_STATUS_COUNT = 17
+    LLMPAR_STATUS_COUNT = 18
 } llmpar_status;
 
 /* An error and its place. Owned by the caller; plain data, may be copied. */

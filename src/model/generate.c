@@ -51,6 +51,7 @@ static llmpar_status llmpar__generate_check(const llmpar_llama *model, const llm
         if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: prompt of %d ids, expected at least 1", what, (int)desc->prompt_count);
         if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: tokens = %d, expected at least 1", what, (int)tokens);
         if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: temperature = %g, expected 0 or more", what, desc->temperature);
+        if (desc->top_k < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: top_k = %d, expected 0 or more", what, (int)desc->top_k);
         if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: top_p = %g, expected 0 .. 1", what, desc->top_p);
         if ((int64_t)desc->prompt_count + tokens - 1 > positions)
             return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "%s: prompt of %d ids and %d tokens, expected room for all but the last in %lld positions", what, (int)desc->prompt_count, (int)tokens, (long long)positions);
@@ -89,20 +90,29 @@ static llmpar_status llmpar__generator_next(llmpar_generator *g, int64_t slot, i
     const llmpar_llama_config *c = &s->model->config;
     const llmpar_generate_desc *desc = &t->desc;
     float *logits = s->host + row * c->vocab;
-    int32_t id = llmpar__sample_greedy(logits, c->vocab);
+    int32_t id = llmpar__sample_greedy(logits, c->vocab, 0);
     if (id < 0) return llmpar_fail(s->model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)t->known - 1);
-    if (desc->temperature != 0) id = llmpar__sample_nucleus(logits, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&t->rng, (uint64_t)*t->count), g->order);
-    t->ids[(*t->count)++] = id;
-    llmpar_status status = desc->on_token ? desc->on_token(desc->user, id) : LLMPAR_OK;
-    g->stopped = status != LLMPAR_OK;
+    llmpar_status status = LLMPAR_OK;
+    if (desc->on_logits) {
+        status = desc->on_logits(desc->user, logits, c->vocab);
+        id = llmpar__sample_greedy(logits, c->vocab, 1);
+        if (!status && id < 0) return llmpar_fail(s->model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits of on_logits at position %lld, expected finite ones or -inf, and not -inf alone", (long long)t->known - 1);
+    }
+    if (!status) {
+        if (desc->temperature != 0) id = llmpar__sample_nucleus(logits, c->vocab, id, desc, llmpar_rng_uniform(&t->rng, (uint64_t)*t->count), g->order);
+        t->ids[(*t->count)++] = id;
+        if (desc->on_token) status = desc->on_token(desc->user, id);
+    }
+    g->stopped = status && status != LLMPAR_END;
     if (!status && *t->count < llmpar__generate_tokens(desc) && !(desc->stop_at_eos && llmpar__sample_is_eos(c, id))) {
         s->host_ids[slot * s->capacity + t->known] = id;
         return LLMPAR_OK;
     }
     t->running = 0;
     g->running--;
-    if (!status && desc->on_end) desc->on_end(desc->user);
-    return status;
+    if (g->stopped) return status;
+    if (desc->on_end) desc->on_end(desc->user);
+    return LLMPAR_OK;
 }
 
 /* Before anything is asked of the session. */

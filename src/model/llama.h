@@ -54,11 +54,14 @@ typedef struct llmpar_generate_desc {
     int32_t prompt_count;
     int32_t tokens;           /* ids to generate at most; default 128 */
     double temperature;       /* 0: greedy (the first of equal maxima) */
-    double top_p;             /* 0 or 1: off; else nucleus sampling (Holtzman et al. 2020) */
+    int32_t top_k;            /* 0: off; else one of the k likeliest ids (Fan et al. 2018) */
+    double top_p;             /* 0 or 1: off; else nucleus sampling (Holtzman et al. 2020), of those k */
     uint64_t seed;            /* of sampling */
     int32_t stop_at_eos;      /* 1: ends after one of the config's eos ids */
-    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, on every rank, which all return the same; may be NULL */
-    void (*on_end)(void *user); /* behind the last one, where nothing failed; may be NULL */
+    /* Any of these may be NULL. On every rank, which all do and return the same; LLMPAR_END ends this text, without a failure, anything else but LLMPAR_OK all texts. */
+    llmpar_status (*on_logits)(void *user, float *logits, int32_t vocab); /* before an id is chosen; may change them (a grammar, penalties), to -inf too: never that id */
+    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, which is already counted, in ids */
+    void (*on_end)(void *user); /* behind the last one, where nothing failed */
     void *user;
 } llmpar_generate_desc;
 
@@ -78,10 +81,10 @@ typedef struct llmpar_generator llmpar_generator;
    with the same descs on every rank. */
 LLMPAR_API llmpar_status llmpar_generator_create(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generator_desc *desc, llmpar_generator **out);
 /* Generates texts[count], begun in their order, each as soon as another one's end has made room: ids[i] has room for texts[i].tokens ids, counts[i] is how many there are. They are those that llmpar_llama_generate gives for each, bit for
-   bit, whatever else is or was generated (on a GPU in its exact mode: a library's products depend on how many rows there are). What on_token returns, if not LLMPAR_OK, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
+   bit, whatever else is or was generated (on a GPU in its exact mode: a library's products depend on how many rows there are). What on_token or on_logits returns, if neither LLMPAR_OK nor LLMPAR_END, ends all texts where they are, and is returned. A run that fails otherwise forgets all texts; the generator may be used again. */
 LLMPAR_API llmpar_status llmpar_generator_run(llmpar_generator *generator, const llmpar_generate_desc *texts, int32_t count, int32_t *const *ids, int32_t *counts);
 /* The same by hand, for texts that come while others run: begin computes a prompt, which is not needed afterwards, and its first id; a step adds an id to each running text, whose ids, count and user are used until it ends. *running: how many
-   texts then go on; as many as the generator generates at once: no other may begin, LLMPAR_ERR_ARGUMENT. Failures and on_token end all texts, as in run; run ends when those have ended that were begun by hand, too. */
+   texts then go on; as many as the generator generates at once: no other may begin, LLMPAR_ERR_ARGUMENT. Failures and callbacks end texts as in run; run ends when those have ended that were begun by hand, too. */
 LLMPAR_API llmpar_status llmpar_generator_begin(llmpar_generator *generator, const llmpar_generate_desc *text, int32_t *ids, int32_t *count, int32_t *running);
 LLMPAR_API llmpar_status llmpar_generator_step(llmpar_generator *generator, int32_t *running);
 /* Returns the first failure to lay the weights as they lay. NULL: nothing happens. */

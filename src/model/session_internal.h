@@ -59,10 +59,10 @@ LLMPAR__PRIVATE llmpar_status llmpar__session_ids(const llmpar_llama *model, con
 LLMPAR__PRIVATE llmpar_status llmpar__session_forward(llmpar__session *g, int32_t spans);
 
 /* sample.c */
-/* The largest of finite logits, the first of equals; -1: not all are finite. As integers of the same order, so that compilers vectorise it. */
-LLMPAR__PRIVATE int32_t llmpar__sample_greedy(const float *logits, int32_t vocab);
-/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
-LLMPAR__PRIVATE int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order);
+/* The largest of finite logits, the first of equals; -1: not all are finite. masked: some, not all, may be -inf. As integers of the same order, so that compilers vectorise it. */
+LLMPAR__PRIVATE int32_t llmpar__sample_greedy(const float *logits, int32_t vocab, int masked);
+/* As temperature, top_k and top_p of desc say: logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
+LLMPAR__PRIVATE int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, const llmpar_generate_desc *desc, double uniform, int32_t *order);
 
 #endif /* LLMPAR_NO_LLAMA */
 
