@@ -96,7 +96,7 @@ static llmpar_status said(session *s, void *user)
 }
 
 /* Ids that it has where the caller does not end all texts. */
-static int32_t whole(const text *x) { return x->leave ? x->leave : x->count; }
+static int32_t ids_of(const text *x) { return x->leave ? x->leave : x->count; }
 
 typedef struct ear { const text *x; int32_t heard; } ear;
 static llmpar_status hear(void *user, int32_t id)
@@ -125,14 +125,14 @@ static void speak(session *s, llmpar_generator *g, const talk *t, const text *te
         ids[i] = (int32_t *)take(tokens > 0 && tokens <= ROOM ? (size_t)tokens : 1, sizeof **ids); /* exactly, for the address sanitizer */
         counts[i] = -1;
         if (x->bad || (int64_t)desc[i].prompt_count + tokens - 1 > longest) want = LLMPAR_ERR_ARGUMENT; /* before anything is done */
-        else if (x->stop && x->stop <= whole(x) && !want) want = LLMPAR_ERR_IO;
+        else if (x->stop && x->stop <= ids_of(x) && !want) want = LLMPAR_ERR_IO;
     }
     llmpar_status got = llmpar_generator_run(g, desc, n, ids, counts);
     if (got != want) TEST_FAIL("%s: rank %d: %s, expected %s (%s)", name, s->ctx->rank, llmpar_status_string(got), llmpar_status_string(want), llmpar_last_error(s->ctx));
     llmpar_error_clear(&s->ctx->error);
     for (int32_t i = 0; i < n; i++) {
         const text *x = &texts[i];
-        int right = got == LLMPAR_ERR_IO ? counts[i] <= whole(x) : counts[i] == (got ? 0 : whole(x));
+        int right = got == LLMPAR_ERR_IO ? counts[i] <= ids_of(x) : counts[i] == (got ? 0 : ids_of(x));
         if (counts[i] != ears[i].heard || !right) TEST_FAIL("%s: rank %d, text %d: %d ids and %d heard, alone %d", name, s->ctx->rank, (int)i, (int)counts[i], (int)ears[i].heard, (int)x->count);
         else if (memcmp(ids[i], x->ids, (size_t)counts[i] * sizeof **ids)) TEST_FAIL("%s: rank %d, text %d: other ids than alone", name, s->ctx->rank, (int)i);
         free(ids[i]);
